@@ -1,0 +1,100 @@
+"""What a user sees while a command works: notes, progress, tables. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+LINE_EVERY_S = 15.0
+
+
+def note(message: str) -> None:
+    """One line about what happens now (stderr)."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """One line about something that the user should know (stderr)."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+    """Print a table on stdout; the first column is left-aligned, the others right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        grid.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(grid)
+
+
+class Progress:
+    """A counter with a rate: a live bar on a terminal, one line now and then elsewhere."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self.fields: dict[str, str] = {}
+        self._start = time.perf_counter()
+        self._last_line = self._start
+
+    def advance(self, count: int = 1, **fields: str) -> None:
+        """Count `count` more; `fields` (e.g. loss="1.23") are shown beside the rate."""
+        self.done += count
+        self.fields.update(fields)
+        now = time.perf_counter()
+        tty = sys.stderr.isatty()
+        if now - self._last_line >= (0.2 if tty else LINE_EVERY_S):
+            self._last_line = now
+            print(f"\r\033[K{self._line()}" if tty else self._line(), end="" if tty else "\n", file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        elapsed_s = time.perf_counter() - self._start
+        rate = self.done / elapsed_s if elapsed_s > 0 else 0.0
+        parts = [f"{self.label}  {self.done:,}/{self.total:,} {self.unit}", f"{rate:,.1f} {self.unit}/s"]
+        if 0 < self.done < self.total and rate > 0:
+            parts.append(f"ETA {format_seconds((self.total - self.done) / rate)}")
+        parts += [f"{key} {value}" for key, value in self.fields.items()]
+        return "  ".join(parts)
+
+    def close(self) -> None:
+        print(f"\r\033[K{self._line()}" if sys.stderr.isatty() else self._line(), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
+    """Show progress while the block runs.
+
+    Args:
+        label: what is being done, e.g. "extract vit-s-in21k".
+        total: how many units there are.
+        unit: plural name of one unit, e.g. "images".
+    """
+    bar = Progress(label, total, unit)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """65 -> "1:05", 3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_bytes(count: float) -> str:
+    """786432 -> "786 kB" (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
