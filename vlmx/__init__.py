@@ -21,7 +21,7 @@ _PUBLIC = {
     "build_connector": "vlmx.models.connectors",
     "weighted_averages": "vlmx.evaluate.aggregate",
 }
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 torchvision_guard.install()
 

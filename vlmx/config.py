@@ -55,7 +55,7 @@ def load_config(model: type[C], path: Path | None, overrides: list[str], **value
             f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
             + (f" {path}" if path else ""),
             why="; ".join(problems),
-            fix="vlmx train --help lists the keys" if path is None and not overrides else "correct the keys named above",
+            fix="correct the keys named above",
         ) from error
 
 

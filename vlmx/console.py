@@ -53,7 +53,8 @@ class Progress:
         tty = sys.stderr.isatty()
         if now - self._last_line >= (0.2 if tty else LINE_EVERY_S):
             self._last_line = now
-            print(f"\r\033[K{self._line()}" if tty else self._line(), end="" if tty else "\n", file=sys.stderr, flush=True)
+            start, end = ("\r\033[K", "") if tty else ("", "\n")
+            print(start + self._line(), end=end, file=sys.stderr, flush=True)
 
     def _line(self) -> str:
         elapsed_s = time.perf_counter() - self._start

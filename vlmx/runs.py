@@ -88,13 +88,13 @@ def environment() -> dict[str, Any]:
 class RunFolder:
     """One training run on disk.
 
-        config.yaml        the resolved configuration
-        environment.json   versions and machine
-        status.json        state, start, end, the last error
-        metrics.jsonl      one line a logged step
-        checkpoints/       what resume needs
-        model/             connector and LLM after training
-        eval/<benchmark>/  answers.jsonl and scores.json
+    config.yaml        the resolved configuration
+    environment.json   versions and machine
+    status.json        state, start, end, the last error
+    metrics.jsonl      one line a logged step
+    checkpoints/       what resume needs
+    model/             connector and LLM after training
+    eval/<benchmark>/  answers.jsonl and scores.json
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,9 +108,7 @@ class RunFolder:
             RunError: the path exists and is something else than a run.
         """
         if path.exists() and any(path.iterdir()) and not (path / "status.json").exists():
-            raise RunError(
-                f"{path} is not a run folder", why="it holds other files", fix="choose another --out, or an empty folder"
-            )
+            raise RunError(f"{path} is not a run folder", why="it holds other files", fix="choose another --out")
         run = cls(path)
         write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_json(path / "environment.json", environment())

@@ -1,0 +1,40 @@
+# Everything that is run here lives in .venv, which `make setup` creates.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo demo-quick check test test-all wheel
+
+setup: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vlmx needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@echo "setting up .venv (about two minutes, 1.4 GB)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/vlmx demo
+
+demo-quick: setup
+	$(BIN)/vlmx demo --quick --out demo-quick
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup
+	$(BIN)/pytest -m "not slow" -n 2
+
+test-all: setup
+	$(BIN)/pytest
+
+# Build the wheel and use it from an empty folder, so that a file missing from the package is noticed.
+wheel: setup
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	bash .ci/smoke-wheel

@@ -1,0 +1,66 @@
+"""Run folders: found by name, prefix, path and `latest`; anything else is refused; files are whole or absent."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmx.errors import RunError, UnknownNameError
+from vlmx.runs import RunFolder, list_runs, write_atomic
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("vit-mlp2", "vit-mlp3", "vmamba-mlp2"):
+        RunFolder.create(tmp_path / name, kind="train", config={"connector": name[-4:]})
+    return tmp_path
+
+
+def test_found_by_name_prefix_path_and_latest(root: Path) -> None:
+    assert RunFolder.open("vit-mlp3", root=root).config == {"connector": "mlp3"}
+    assert RunFolder.open("vma", root=root).name == "vmamba-mlp2"
+    assert RunFolder.open(str(root / "vit-mlp2"), root=root).name == "vit-mlp2"
+    assert RunFolder.open("latest", root=root).name == "vmamba-mlp2"
+    assert list_runs(root) == ["vit-mlp2", "vit-mlp3", "vmamba-mlp2"]
+
+
+def test_ambiguous_and_unknown_names(root: Path) -> None:
+    with pytest.raises(RunError, match="more than one run"):
+        RunFolder.open("vit", root=root)
+    with pytest.raises(UnknownNameError, match="did you mean 'vit-mlp2'"):
+        RunFolder.open("vit-mpl2", root=root)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(RunError, match="not a run folder"):
+        RunFolder.open(str(tmp_path))
+    with pytest.raises(RunError, match="holds other files"):
+        RunFolder.create(tmp_path, kind="train", config={})
+
+
+def test_status_keeps_earlier_fields_and_metrics_are_lines(root: Path) -> None:
+    run = RunFolder.open("vit-mlp2", root=root)
+    run.set_status("done", loss=0.5)
+    assert run.status["kind"] == "train"
+    assert run.status["state"] == "done"
+    run.log(step=1, loss=2.0)
+    run.log(step=2, loss=1.0)
+    assert [line["loss"] for line in run.metrics()] == [2.0, 1.0]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    write_atomic(path, "old")
+    code = (
+        "import resource, sys, signal; from pathlib import Path; from vlmx.runs import write_atomic\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "write_atomic(Path(sys.argv[1]), 'x' * 100)"
+    )
+    assert resource.RLIMIT_FSIZE
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False)
+    assert done.returncode != 0
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
