@@ -87,6 +87,6 @@ def _problem(model: type[BaseModel], entry: Any) -> str:
         field = group.model_fields.get(part) if isinstance(group, type) and issubclass(group, BaseModel) else None
         group = field.annotation if field else None
     known = sorted(group.model_fields) if isinstance(group, type) and issubclass(group, BaseModel) else []
-    near = difflib.get_close_matches(location[-1], known, n=1)
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean '{'.'.join([*location[:-1], near[0]])}'?" if near else f"known: {', '.join(known)}"
     return f"{key} is not known ({hint})"
