@@ -1,9 +1,9 @@
 """How can torchvision, and so timm, be imported when its compiled operators do not load?
 
-The torchvision on PyPI is built for CUDA. Beside a CPU build of torch its operators do not load; torchvision tolerates that
-until it registers shape functions for two of them (`nms` and `qnms`) without looking, and its import dies with "operator
-torchvision::nms does not exist". Declaring those two names is enough: transforms and model classes then work, and calling
-an operator that is not there still raises torch's own error.
+The torchvision on PyPI is built for CUDA. Beside a CPU build of torch its operators do not load; torchvision tolerates
+that until it registers shape functions for two of them (`nms` and `qnms`) without looking, and its import dies with
+"operator torchvision::nms does not exist". Declaring those two names is enough: transforms and model classes then work,
+and calling an operator that is not there still raises torch's own error.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ class _Guard(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname == _REGISTRATIONS:
-            sys.meta_path.remove(self)
-            # torchvision has tried to load its operators by now, and knows whether it has them.
-            if not sys.modules["torchvision.extension"]._has_ops():
-                _declare()
+        # torchvision has tried to load its operators by now, and knows whether it has them.
+        if fullname == _REGISTRATIONS and not sys.modules["torchvision.extension"]._has_ops():
+            _declare()
         return None
 
 

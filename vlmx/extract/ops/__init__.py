@@ -1,0 +1,1 @@
+"""Which numerical kernels do backbones share? The selective scan. Importing this package imports nothing else."""
