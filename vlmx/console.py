@@ -23,13 +23,14 @@ def warn(message: str) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
     """Print a table on stdout; the first column is left-aligned, the others right-aligned."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         grid.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(escape, row))
     Console(width=None if sys.stdout.isatty() else 160).print(grid)
 
 

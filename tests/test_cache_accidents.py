@@ -1,0 +1,222 @@
+"""Does a cache survive kills, full disks and damage?"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cache_samples import GOOD, IDS, SHAPE, SLOTS, content, flip, spec_of, tokens_of, write
+
+from vlmx.cache_specs.audit import verify
+from vlmx.cache_specs.ids import image_id
+from vlmx.cache_specs.layout import PARTIAL, shard_path
+from vlmx.cache_specs.manifest import MANIFEST, SEAL
+from vlmx.cache_specs.reader import TokenReader, open_cache
+from vlmx.cache_specs.writer import CacheWriter, forget_shards
+from vlmx.errors import CacheCorruptError, CacheError, OutOfSpaceError
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return write(tmp_path / "caches")
+
+
+def at_the_nth_call(count: int, torn: bool) -> None:
+    """Let this process die by SIGKILL at the count-th system call that changes the disk: before it, or halfway."""
+    calls = itertools.count(1)
+
+    def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            if next(calls) == count:
+                if torn and call is real_write:
+                    real_write(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments)
+
+        return counted
+
+    real_write = os.write
+    for name in ("write", "fsync", "replace", "truncate", "ftruncate"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def killed_at(root: Path, count: int, torn: bool) -> bool:
+    """Write the cache in a process that is killed at its count-th such call; False when it came to its end."""
+    child = os.fork()
+    if child == 0:
+        at_the_nth_call(count, torn)
+        write(root)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: hundreds of fsyncs take a minute on a disk."""
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_killed_anywhere_and_started_again_gives_the_same_bytes(memory: Path, torn: bool) -> None:
+    whole = content(write(memory / "whole"))
+    assert {MANIFEST, SEAL, "writer.lock", "tokens.zarr/zarr.json", "tokens.zarr/tokens/c/2/0/0"} <= set(whole)
+    deaths = 0
+    for count in itertools.count(1):
+        root = memory / str(count)
+        if not killed_at(root, count, torn):
+            break
+        deaths += 1
+        survivor = root / spec_of().name
+        if (survivor / MANIFEST).exists():
+            reader = TokenReader(survivor, allow_partial=True)
+            stored = list(reader.ids)
+            assert stored == GOOD[: len(stored)]
+            for tokens_ND, image in zip(reader.read(stored), stored, strict=True):
+                np.testing.assert_array_equal(tokens_ND, tokens_of(image))
+        assert content(write(root)) == whole, count
+        shutil.rmtree(root)
+    assert deaths > 40
+
+
+def test_a_second_writer_is_refused_while_the_first_lives(cache: Path) -> None:
+    first = CacheWriter(cache.parent, spec_of(), SHAPE)
+    with pytest.raises(CacheError, match=f"held by process {os.getpid()} on") as caught:
+        CacheWriter(cache.parent, spec_of(), SHAPE)
+    assert "another process is writing" in caught.value.what
+    first.close()
+    CacheWriter(cache.parent, spec_of(), SHAPE).close()
+
+
+def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(cache: Path) -> None:
+    extra = [image_id(b"more %d" % number) for number in range(3)]
+    with CacheWriter(cache.parent, spec_of(), SHAPE) as writer:
+        (plan,) = writer.plan(extra)
+        tokens_BND = np.stack([tokens_of(image) for image in extra])
+        os.symlink("/dev/full", cache / PARTIAL)  # a device on which every write ends with "no space left"
+        with pytest.raises(OutOfSpaceError, match="no space left"):
+            writer.commit(plan, tokens_BND)
+        assert not os.path.lexists(cache / PARTIAL)
+        assert not shard_path(cache, plan.index).parent.exists()
+        writer.commit(plan, tokens_BND)  # space was made
+        writer.seal()
+    np.testing.assert_array_equal(open_cache(cache).read([*GOOD, *extra])[-3:], tokens_BND)
+
+
+def test_a_line_that_could_not_be_finished_is_taken_back(cache: Path) -> None:
+    (image,) = extra = [image_id(b"one more")]
+    before = content(cache)[MANIFEST]
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with CacheWriter(cache.parent, spec_of(), SHAPE) as writer:
+        (plan,) = writer.plan(extra)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                writer.commit(plan, tokens_of(image)[None])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert content(cache)[MANIFEST] == before
+        writer.commit(plan, tokens_of(image)[None])
+        writer.seal()
+    np.testing.assert_array_equal(open_cache(cache).read(extra)[0], tokens_of(image))
+
+
+def test_a_shard_that_was_never_committed_is_thrown_away(cache: Path) -> None:
+    before = content(cache)
+    manifest = before[MANIFEST]
+    write(cache.parent, [*IDS, image_id(b"one more")])
+    (cache / MANIFEST).write_bytes(manifest)  # as if killed between the shard and its line
+    write(cache.parent)
+    assert content(cache) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_can_be_emptied_and_gone_on_with(small_disk: Path, memory: Path) -> None:
+    ids = [image_id(b"x%d" % number) for number in range(100)]
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(16_000))
+    for _ in range(2):
+        with pytest.raises(OutOfSpaceError, match="no space left"):
+            write(small_disk, ids)
+        ballast.unlink(missing_ok=True)
+    cache = small_disk / spec_of().name
+    reader = TokenReader(cache, allow_partial=True)
+    assert len(reader) >= SLOTS
+    stored = list(reader.ids)
+    np.testing.assert_array_equal(reader.read(stored), np.stack([tokens_of(image) for image in stored]))
+    moved = memory / "larger" / cache.name
+    shutil.copytree(cache, moved)
+    assert content(write(moved.parent, ids)) == content(write(memory / "whole", ids))
+
+
+def test_a_flipped_byte_of_tokens_names_shard_image_and_fix(cache: Path) -> None:
+    flip(shard_path(cache, 0), 60)  # within the second image: 48 bytes of tokens and a checksum each
+    reader = open_cache(cache)
+    reader.read([IDS[0], IDS[2]])
+    with pytest.raises(CacheCorruptError, match="shard 0 of cache") as caught:
+        reader.read([IDS[1]])
+    assert IDS[1] in caught.value.why
+    assert "--repair" in caught.value.fix
+    assert verify(cache, full=False).ok
+    assert list(verify(cache, full=True).damaged) == [0]
+
+
+def test_every_flipped_byte_of_a_shard_is_found(cache: Path) -> None:
+    path = shard_path(cache, 1)
+    sound = path.read_bytes()
+    for position in range(len(sound)):
+        flip(path, position)
+        assert list(verify(cache, full=True).damaged) == [1]
+        with pytest.raises(CacheCorruptError):
+            open_cache(cache).read(GOOD)
+        path.write_bytes(sound)
+    assert verify(cache, full=True).ok
+
+
+@pytest.mark.parametrize("keep", [0, 10, 100])
+def test_a_truncated_shard_is_found_quickly(cache: Path, keep: int) -> None:
+    os.truncate(shard_path(cache, 2), keep)
+    with pytest.raises(CacheCorruptError, match="were written"):
+        open_cache(cache).read([IDS[9]])
+    assert "were written" in verify(cache, full=False).damaged[2]
+
+
+def test_a_missing_shard_is_found(cache: Path) -> None:
+    shard_path(cache, 1).unlink()
+    with pytest.raises(CacheCorruptError, match="does not exist"):
+        open_cache(cache).read([IDS[4]])
+    assert verify(cache, full=False).damaged == {1: "its file does not exist"}
+
+
+def test_damaged_shards_are_forgotten_and_made_again(cache: Path) -> None:
+    before = content(cache)
+    flip(shard_path(cache, 1), 3)
+    forget_shards(cache, [1])
+    with pytest.raises(CacheError, match="has not come to its end"):
+        open_cache(cache)
+    after = content(write(cache.parent))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {MANIFEST}  # its lines come in another order
+    assert verify(cache, full=True).ok

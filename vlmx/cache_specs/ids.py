@@ -1,0 +1,170 @@
+"""Which image is meant? Content ids of files, and each data set's table from its own keys to those ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmx.errors import DataError, UsageError
+from vlmx.registry import unknown_name
+from vlmx.runs import write_atomic
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+def image_id(data: bytes) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits: equal files are one image, whatever their names."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEntry:
+    """One image of a data set.
+
+    Attributes:
+        key: how the data set calls it, e.g. "coco/train2017/000000000009.jpg".
+        id: `image_id` of its file.
+        width, height: size of the image as stored, in pixels; 0 when it cannot be decoded.
+        error: why it cannot be decoded; empty when it can.
+    """
+
+    key: str
+    id: str
+    width: int = 0
+    height: int = 0
+    error: str = ""
+
+
+class ImageTable:
+    """A data set's images, kept in `<cache root>/datasets/<name>.jsonl`, in the order of first appearance."""
+
+    def __init__(self, name: str, entries: Iterable[ImageEntry]) -> None:
+        self.name = name
+        self._entries = {entry.key: entry for entry in entries}
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> ImageTable:
+        """Read the table of data set `name` below the cache root.
+
+        Raises:
+            DataError: there is no such table, or one of its lines is damaged.
+        """
+        path = table_path(root, name)
+        if not path.is_file():
+            known = sorted(other.stem for other in path.parent.glob("*.jsonl"))
+            raise DataError(
+                f"no images of data set '{name}' are known below {root}",
+                why=unknown_name("data set", name, known).fix,
+                fix=f"vlmx extract --data {name} makes the table",
+            )
+        entries = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                entries.append(ImageEntry(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise DataError(
+                    f"{path} is damaged",
+                    why=f"line {number}: {error}",
+                    fix="delete it and give the `vlmx extract` command again; no image is encoded twice",
+                ) from error
+        return cls(name, entries)
+
+    @classmethod
+    def merge(cls, root: Path, name: str, entries: Iterable[ImageEntry]) -> ImageTable:
+        """Add images to the table of data set `name` (made when there is none) and write it.
+
+        Raises:
+            DataError: a key is known already and stands for another image.
+            UsageError: `name` cannot be a file name.
+            OutOfSpaceError: the disk is full; the old table is intact.
+        """
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"'{name}' cannot be the name of a data set",
+                why="it must be letters, digits and . _ + -",
+                fix="give another one with --name",
+            )
+        path = table_path(root, name)
+        table = cls.open(root, name) if path.is_file() else cls(name, ())
+        conflicts = table._add(entries)
+        if conflicts:
+            raise DataError(
+                f"{len(conflicts)} images of data set '{name}' are not the ones that it had before",
+                why=f"same key, other bytes: {', '.join(conflicts[:5])}",
+                fix="give this data set its own name with --name",
+            )
+        lines = (json.dumps(_plain(entry)) + "\n" for entry in table._entries.values())
+        write_atomic(path, "".join(lines))
+        return table
+
+    def _add(self, entries: Iterable[ImageEntry]) -> list[str]:
+        conflicts = []
+        for entry in entries:
+            if self._entries.setdefault(entry.key, entry).id != entry.id:
+                conflicts.append(entry.key)
+            else:
+                self._entries[entry.key] = entry  # the latest says whether it can be decoded
+        return conflicts
+
+    def keys(self) -> list[str]:
+        """All keys, in the order of first appearance."""
+        return list(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def id_of(self, key: str) -> str:
+        """The content id of the image.
+
+        Raises:
+            DataError: the data set has no such image, or it could not be decoded.
+        """
+        return self._usable(key).id
+
+    def source_wh(self, key: str) -> tuple[int, int]:
+        """Width and height of the image as stored, in pixels.
+
+        Raises:
+            DataError: the data set has no such image, or it could not be decoded.
+        """
+        entry = self._usable(key)
+        return entry.width, entry.height
+
+    def failed(self) -> dict[str, str]:
+        """Keys of images that could not be decoded, and why."""
+        return {entry.key: entry.error for entry in self._entries.values() if entry.error}
+
+    def _usable(self, key: str) -> ImageEntry:
+        if key not in self._entries:
+            raise DataError(
+                f"data set '{self.name}' has no image '{key}'",
+                why=f"its table has {len(self._entries)} images, and this is none of them",
+                fix="give the `vlmx extract` command of the data set again, so that its new images are added",
+            )
+        entry = self._entries[key]
+        if entry.error:
+            raise DataError(
+                f"image '{key}' of data set '{self.name}' could not be decoded",
+                why=entry.error,
+                fix="replace the file and extract the data set again under another --name, or leave its examples out",
+            )
+        return entry
+
+
+def table_path(root: Path, name: str) -> Path:
+    """Where the table of data set `name` lies."""
+    return root / "datasets" / f"{name}.jsonl"
+
+
+def _plain(entry: ImageEntry) -> dict[str, Any]:
+    if entry.error:
+        return {"key": entry.key, "id": entry.id, "error": entry.error}
+    return {"key": entry.key, "id": entry.id, "width": entry.width, "height": entry.height}
