@@ -105,10 +105,11 @@ class ImageTable:
     def _add(self, entries: Iterable[ImageEntry]) -> list[str]:
         conflicts = []
         for entry in entries:
-            if self._entries.setdefault(entry.key, entry).id != entry.id:
+            known = self._entries.get(entry.key)
+            if known is not None and known.id != entry.id and not known.error:
                 conflicts.append(entry.key)
             else:
-                self._entries[entry.key] = entry  # the latest says whether it can be decoded
+                self._entries[entry.key] = entry  # a repaired file takes the place of one that could not be decoded
         return conflicts
 
     def keys(self) -> list[str]:
@@ -154,7 +155,7 @@ class ImageTable:
             raise DataError(
                 f"image '{key}' of data set '{self.name}' could not be decoded",
                 why=entry.error,
-                fix="replace the file and extract the data set again under another --name, or leave its examples out",
+                fix="replace the file and give the `vlmx extract` command again, or leave its examples out",
             )
         return entry
 
