@@ -78,14 +78,11 @@ def _encoder_chain(encoder: str, caches: Path) -> Chain:
 
 
 def _run_chain_of(encoder: str, connector: str, caches: Path, run: Path, quick: bool) -> Chain:
-    commands: list[list[str]] = []
     shared = ["--caches", str(caches)]
-    status = run / "status.json"
-    if not status.exists() or json.loads(status.read_text())["state"] != "done":
-        train = ["train", "--cache", encoder, *shared, "--config", "mini", "--connector", connector, "--out", str(run)]
-        commands.append([*train, *(["max_steps=30"] if quick else [])])
+    train = ["train", "--cache", encoder, *shared, "--config", "mini", "--connector", connector, "--out", str(run)]
+    train += ["--resume", *(["max_steps=30"] if quick else [])]  # a finished run is left alone
     evaluate = ["eval", "--run", str(run), *shared, *(["--limit", "40"] if quick else [])]
-    commands += [evaluate, [*evaluate, "--control", "shuffled"]]
+    commands = [train, evaluate, [*evaluate, "--control", "shuffled"]]
     return Chain(label=f"{encoder} {connector}", commands=commands)
 
 

@@ -1,4 +1,4 @@
-"""What can a VLM study show without a download? The embedded mini study: scenes, questions, and a small LM that knows them.
+"""What can a VLM study show without a download? The embedded mini study: scenes, questions and a small LM.
 
     dice ─▶ scenes ─▶ render ─▶ image bytes ─▶ (phase one: encoder, cache)
                  └──▶ questions ─▶ study: conversations to train on, questions to answer

@@ -60,12 +60,12 @@ def _background(dice: Dice) -> npt.NDArray[np.int64]:
     """Muted clouds: random levels on a coarse lattice, blended linearly, over a dim base colour."""
     cells = dice.pick((2, 4, 8))
     step = IMAGE_PX // cells
-    lattice = dice.grid((cells + 1, cells + 1, 3), 50) + dice.grid((cells + 1, cells + 1, 1), 40)
+    lattice: npt.NDArray[np.int64] = dice.grid((cells + 1, cells + 1, 3), 50) + dice.grid((cells + 1, cells + 1, 1), 40)
     at, inside = np.arange(IMAGE_PX) // step, np.arange(IMAGE_PX) % step
     down = lattice[at] * (step - inside)[:, None, None] + lattice[at + 1] * inside[:, None, None]
     right = inside[None, :, None]
-    clouds_HW3: npt.NDArray[np.int64] = (down[:, at] * (step - right) + down[:, at + 1] * right) // (step * step)
-    return clouds_HW3 + 25 + dice.below(50)
+    clouds_HW3 = (down[:, at] * (step - right) + down[:, at + 1] * right) // (step * step)
+    return np.asarray(clouds_HW3, dtype=np.int64) + 25 + dice.below(50)
 
 
 def _paint_bin(canvas_HW3: npt.NDArray[np.int64], dice: Dice) -> None:

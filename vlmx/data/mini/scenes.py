@@ -1,6 +1,7 @@
 """What is in picture number i of the mini study? Scenes as pure functions of (split, index); nothing is drawn here.
 
-All boxes are x1, y1, x2, y2 in pixels of the 64x64 image, right and bottom edges exclusive, and enclose what is *visible* of an object.
+All boxes are x1, y1, x2, y2 in pixels of the 64x64 image, right and bottom edges exclusive; `box` encloses what is
+visible of an object.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Scene:
 def sample_scene(split: Split, index: int) -> Scene:
     """Draw scene `index` of `split`.
 
-    "pretrain" holds one object or one sign, for classification; of the other splits every fifth scene is a bin and the rest are
-    3-5 objects that do not overlap, in six of ten scenes with a sign.
+    "pretrain" holds one object or one sign, for classification; of the other splits every fifth scene is a bin and the
+    rest are 3-5 objects that do not overlap, in six of ten scenes with a sign.
 
     Raises:
         ValueError: no such split, or a negative index.
@@ -113,12 +114,14 @@ def shape_mask(shape: Shape, width: int, height: int) -> npt.NDArray[np.bool_]:
     u = np.abs(2 * np.arange(width) + 1 - width)[None, :]  # twice the distance of pixel centres from the middle
     v = (2 * np.arange(height) + 1 - height)[:, None]
     if shape == "circle":
-        return u * u + v * v <= width * height
-    if shape == "triangle":
-        return 2 * u <= v + height + 1
-    if shape == "cross":
-        return (3 * u <= width) | (3 * np.abs(v) <= height)
-    return np.ones((height, width), dtype=np.bool_)
+        mask = u * u + v * v <= width * height
+    elif shape == "triangle":
+        mask = 2 * u <= v + height + 1
+    elif shape == "cross":
+        mask = (3 * u <= width) | (3 * np.abs(v) <= height)
+    else:
+        mask = np.ones((height, width), dtype=np.bool_)
+    return np.asarray(mask, dtype=np.bool_)
 
 
 def _side_px(size: Size, dice: Dice) -> int:

@@ -11,7 +11,6 @@ Legend: B batch, C channels, H W pixels of the current map, N tokens, L tokens o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,7 +41,8 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.conv_down(images_BCHW)
+        map_BCHW: Tensor = self.conv_down(images_BCHW)
+        return map_BCHW
 
 
 class ConvBlock(nn.Module):
@@ -57,7 +57,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         hidden = F.gelu(self.norm1(self.conv1(x_BCHW)), approximate="tanh")
-        return x_BCHW + self.norm2(self.conv2(hidden))
+        out_BCHW: Tensor = x_BCHW + self.norm2(self.conv2(hidden))
+        return out_BCHW
 
 
 class MambaMixer(nn.Module):
@@ -104,7 +105,8 @@ class MambaMixer(nn.Module):
             delta_bias=self.dt_proj.bias.float(),
             delta_softplus=True,
         )
-        return self.out_proj(torch.cat([y_BDL.to(z_BDL.dtype), z_BDL], dim=1).transpose(1, 2))
+        mixed_BLC: Tensor = self.out_proj(torch.cat([y_BDL.to(z_BDL.dtype), z_BDL], dim=1).transpose(1, 2))
+        return mixed_BLC
 
 
 class Attention(nn.Module):
@@ -119,7 +121,8 @@ class Attention(nn.Module):
     def forward(self, x_BLC: Tensor) -> Tensor:
         qkv = self.qkv(x_BLC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        out_BLC: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out_BLC
 
 
 class Mlp(nn.Module):
@@ -131,7 +134,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC)))
+        out_BLC: Tensor = self.fc2(F.gelu(self.fc1(x_BLC)))
+        return out_BLC
 
 
 class MixerBlock(nn.Module):
@@ -148,7 +152,8 @@ class MixerBlock(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         x_BLC = x_BLC + self.gamma_1 * self.mixer(self.norm1(x_BLC))
-        return x_BLC + self.gamma_2 * self.mlp(self.norm2(x_BLC))
+        out_BLC: Tensor = x_BLC + self.gamma_2 * self.mlp(self.norm2(x_BLC))
+        return out_BLC
 
 
 class Downsample(nn.Module):
@@ -159,7 +164,8 @@ class Downsample(nn.Module):
         self.reduction = nn.Sequential(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.reduction(x_BCHW)
+        half_BCHW: Tensor = self.reduction(x_BCHW)
+        return half_BCHW
 
 
 class ConvStage(nn.Module):
@@ -207,14 +213,18 @@ class WindowStage(nn.Module):
         padded = F.pad(x_BCHW, (0, -width % side, 0, -height % side))
         rows, columns = padded.shape[2] // side, padded.shape[3] // side
         windows_BLC = (
-            padded.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 3, 5, 1)
+            padded.unflatten(3, (columns, side))
+            .unflatten(2, (rows, side))
+            .permute(0, 2, 4, 3, 5, 1)
             .reshape(batch * rows * columns, side * side, -1)
         )
         for block in self.blocks:
             windows_BLC = block(windows_BLC)
-        map_BCHW = (
-            windows_BLC.reshape(batch, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
-            .flatten(4, 5).flatten(2, 3)
+        map_BCHW: Tensor = (
+            windows_BLC.reshape(batch, rows, columns, side, side, -1)
+            .permute(0, 5, 1, 3, 2, 4)
+            .flatten(4, 5)
+            .flatten(2, 3)
         )
         return map_BCHW[:, :, :height, :width]
 
@@ -258,13 +268,13 @@ class MambaVision(FamilyNet):
         self.out_norm = "none"
         self.forward_version = 1
         self.patch_embed = PatchEmbed(in_dim, dim)
-        self.levels = nn.ModuleList()
+        levels: list[ConvStage | WindowStage] = []
         for index in range(tap + 1):
             width, last = dim * 2**index, index == tap
             if index < conv_stages:
-                self.levels.append(ConvStage(width, depths[index], downsample=not last))
+                levels.append(ConvStage(width, depths[index], downsample=not last))
             else:
-                self.levels.append(
+                levels.append(
                     WindowStage(
                         width,
                         depths[index],
@@ -275,10 +285,11 @@ class MambaVision(FamilyNet):
                         downsample=not last,
                     )
                 )
+        self.levels = nn.ModuleList(levels)
         self.apply(_init_linear)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Published names -> own names: the hub's `model.` prefix goes, and so does all that follows the tapped stage."""
+        """Published names -> own names: the hub's `model.` prefix goes, and so does all after the tapped stage."""
         if state and all(name.startswith("model.") for name in state):
             state = {name.removeprefix("model."): value for name, value in state.items()}
         after = tuple(f"levels.{index}." for index in range(self.tap + 1, self.stages_total))
@@ -287,8 +298,9 @@ class MambaVision(FamilyNet):
 
     def map_of_stage(self, images_BCHW: Tensor) -> Tensor:
         """The tapped stage's map (B, C, H, W), before any downsample or norm."""
-        x_BCHW = self.patch_embed(images_BCHW)
+        x_BCHW: Tensor = self.patch_embed(images_BCHW)
         for level in self.levels:
+            assert isinstance(level, ConvStage | WindowStage)
             x_BCHW = level(x_BCHW)
             if level.downsample is not None:
                 x_BCHW = level.downsample(x_BCHW)
@@ -298,15 +310,19 @@ class MambaVision(FamilyNet):
         return self.map_of_stage(images_BCHW).flatten(2).transpose(1, 2)
 
 
-class PooledMambaVision(MambaVision):
-    """The whole network, down to the pooled features that a classifier reads: images -> (B, C of the last stage)."""
+class MambaVisionClassifier(MambaVision):
+    """The whole network with its classifier: images (B, 3, H, W) -> logits (B, num_classes). For pretraining."""
 
-    def __init__(self, **arch: Any) -> None:
+    def __init__(self, *, num_classes: int, **arch: Any) -> None:
         super().__init__(**{**arch, "tap": len(arch["depths"]) - 1})
         self.norm = nn.BatchNorm2d(self.dim)
+        self.head = nn.Linear(self.dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.norm(self.map_of_stage(images_BCHW)).mean(dim=(2, 3))
+        logits: Tensor = self.head(self.norm(self.map_of_stage(images_BCHW)).mean(dim=(2, 3)))
+        return logits
 
 
 def build(row: BackboneRow, res: tuple[int, int]) -> MambaVision:
@@ -316,13 +332,13 @@ def build(row: BackboneRow, res: tuple[int, int]) -> MambaVision:
         UsageError: the image is smaller than one token.
     """
     _check(row, res)
-    return MambaVision(res=res, **_arch(row.arch))
+    return MambaVision(res=res, **row.arch)
 
 
-def build_pooled(row: BackboneRow, res: tuple[int, int]) -> PooledMambaVision:
-    """The whole network of a catalogue row for classification pretraining; its state dict is a superset of `build`'s."""
+def build_classifier(row: BackboneRow, res: tuple[int, int], num_classes: int) -> MambaVisionClassifier:
+    """The whole network of a catalogue row with a classifier, for pretraining; published key names."""
     _check(row, res)
-    return PooledMambaVision(res=res, **_arch(row.arch))
+    return MambaVisionClassifier(res=res, num_classes=num_classes, **row.arch)
 
 
 def _check(row: BackboneRow, res: tuple[int, int]) -> None:
@@ -332,10 +348,6 @@ def _check(row: BackboneRow, res: tuple[int, int]) -> None:
             why=f"one token covers {row.stride}x{row.stride} pixels",
             fix=f"use a size of at least {row.stride}x{row.stride}; its own is {row.native_res[0]}x{row.native_res[1]}",
         )
-
-
-def _arch(arch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in arch.items()}
 
 
 def _init_linear(module: nn.Module) -> None:
