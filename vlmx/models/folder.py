@@ -1,0 +1,120 @@
+"""What does a trained model look like on disk? A folder with the connector, the LLM as Hugging Face saves it, and a
+card.
+
+    model/connector.safetensors    the connector's weights
+    model/llm/                     `AutoModelForCausalLM.from_pretrained` reads it; the tokenizer is in it
+    model/model.json               the card: names, dimensions, prompt, and the cache that it was trained on
+
+The card is written last, so a folder with a card is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlmx.errors import RunError, WeightsError
+from vlmx.models.connectors import build_connector
+from vlmx.models.llm import load_llm, no_progress_bars
+from vlmx.models.prompts import Prompt, choose_prompt
+from vlmx.models.vlm import VLM
+from vlmx.runs import write_json
+
+CARD = "model.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What is needed to build the model again, and what it was trained on.
+
+    Attributes:
+        connector: name of the connector.
+        dim_vision: width D of a visual token.
+        dim_llm: width E of the LLM's embeddings.
+        prompt: name of the prompt format, never "auto".
+        llm: what the LLM was before training, a name or a path.
+        cache: name of the cache.
+        fingerprint: fingerprint of the cache's spec.
+        grid: rows and columns of visual tokens.
+    """
+
+    connector: str
+    dim_vision: int
+    dim_llm: int
+    prompt: str
+    llm: str
+    cache: str
+    fingerprint: str
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A model read from disk, in evaluation mode on the CPU in float32."""
+
+    vlm: VLM
+    prompt: Prompt
+    card: ModelCard
+
+
+def save_model(
+    folder: Path, vlm: VLM, tokenizer: Any, card: ModelCard, *, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a model folder.
+
+    Args:
+        weights: full state dict of `vlm` where its own parameters are sharded; None: take them from `vlm`.
+    """
+    from safetensors.torch import save_file
+
+    state = dict(vlm.state_dict() if weights is None else weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).unlink(missing_ok=True)
+    connector = {
+        key.removeprefix("connector."): value.contiguous()
+        for key, value in state.items()
+        if key.startswith("connector.")
+    }
+    save_file(connector, folder / "connector.safetensors")
+    llm = {key.removeprefix("llm."): value for key, value in state.items() if key.startswith("llm.")}
+    with no_progress_bars():
+        vlm.llm.save_pretrained(folder / "llm", state_dict=llm)
+    tokenizer.save_pretrained(folder / "llm")
+    write_json(folder / CARD, asdict(card))
+
+
+def load_model(folder: Path) -> SavedModel:
+    """Read what `save_model` wrote.
+
+    Raises:
+        RunError: there is no whole model in the folder.
+        WeightsError: its weights do not fit its card.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / CARD).exists():
+        raise RunError(
+            f"there is no trained model in {folder}",
+            why=f"it has no {CARD}, so the training did not finish",
+            fix="finish it: vlmx train --resume --out RUN",
+        )
+    fields = json.loads((folder / CARD).read_text())
+    card = ModelCard(**{**fields, "grid": tuple(fields["grid"])})
+    llm, tokenizer = load_llm(str(folder / "llm"))
+    connector = build_connector(card.connector, card.dim_vision, card.dim_llm)
+    try:
+        connector.load_state_dict(load_file(folder / "connector.safetensors"))
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(
+            f"the connector in {folder} cannot be loaded",
+            why=str(error).strip().splitlines()[-1].strip(),
+            fix="train again, or restore the folder",
+        ) from error
+    prompt = choose_prompt(card.prompt, tokenizer)
+    vlm = VLM(connector, llm, visual_at=prompt.visual_at, eos_ids=[tokenizer.eos_token_id])
+    return SavedModel(vlm=vlm.eval(), prompt=prompt, card=card)

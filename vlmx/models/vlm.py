@@ -1,0 +1,197 @@
+"""What is the model? A connector in front of a causal LM: [bos][visual tokens][text] -> token losses, or answers.
+
+Shapes: B rows, T positions of a row (visual and text), U different images of a batch, N visual tokens an image, D width
+of the encoder, E width of the LLM, S supervised tokens of a batch, V vocabulary.
+
+Rows are padded on the right and nothing is masked for it: in causal attention no token sees what comes after it. Logits
+are computed at the S positions that are supervised and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch, ready for the model.
+
+    Attributes:
+        input_ids_BT: text ids; any valid id at the places of visual tokens and of padding.
+        visual_UND: tokens of the batch's different images, in the cache's dtype; U may be 0.
+        image_rows: the rows that have an image, [R].
+        image_of_row: which of the U images each of these rows has, [R].
+        predictor_S: flat positions (row * T + position) whose next token is learned.
+        target_S: those next tokens.
+        turn_BT: isolated turns only: 0 for the shared prefix, k for the k-th turn; None: plain causal attention.
+        position_BT: isolated turns only: positions, which start again after the prefix in every turn.
+    """
+
+    input_ids_BT: Tensor
+    visual_UND: Tensor
+    image_rows: Tensor
+    image_of_row: Tensor
+    predictor_S: Tensor
+    target_S: Tensor
+    turn_BT: Tensor | None = None
+    position_BT: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+
+
+class VLM(nn.Module):
+    """Connector and LLM.
+
+    Args:
+        connector: maps [..., D] to [..., E].
+        llm: a Hugging Face causal LM.
+        visual_at: position of the first visual token: 1, right after BOS, or 0 for LLMs without BOS.
+        eos_ids: ids that end an answer, beside those of the LLM's generation config.
+    """
+
+    def __init__(self, connector: nn.Module, llm: Any, *, visual_at: int = 1, eos_ids: Iterable[int] = ()) -> None:
+        super().__init__()
+        self.connector = connector
+        self.llm = llm
+        self.visual_at = visual_at
+        configured = getattr(llm.generation_config, "eos_token_id", None)
+        configured = [configured] if isinstance(configured, int) else configured or []
+        self.eos_ids = frozenset([*eos_ids, *configured])
+        self._head_positions: Tensor | None = None
+        llm.get_output_embeddings().register_forward_pre_hook(self._select_positions)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The sum of the S token losses, a scalar in float32; 0 with a gradient of zeros if S is 0."""
+        embeds_BTE = self._embed(batch)
+        extra: dict[str, Any] = {}
+        if batch.turn_BT is not None:
+            assert batch.position_BT is not None
+            extra = {
+                "attention_mask": isolating_mask(batch.turn_BT, embeds_BTE.dtype),
+                "position_ids": batch.position_BT,
+            }
+        logits_SV = self._logits(embeds_BTE, batch.predictor_S, **extra)
+        return F.cross_entropy(logits_SV.float(), batch.target_S, reduction="sum")
+
+    @torch.inference_mode()
+    def first_token_logits(self, visual_BND: Tensor, prompts_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Logits of the first answer token after each prompt, float32 [B, V]; the input is that of `generate`."""
+        result: dict[int, Tensor] = {}
+        for rows, embeds_BTE in self._prompt_groups(visual_BND, prompts_ids):
+            logits_BV = self._logits(embeds_BTE, _last_of_each(embeds_BTE)).float()
+            result.update(zip(rows, logits_BV, strict=True))
+        return torch.stack([result[row] for row in range(len(prompts_ids))])
+
+    @torch.inference_mode()
+    def generate(
+        self, visual_BND: Tensor, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> list[list[int]]:
+        """Answer prompts greedily.
+
+        Rows with prompts of equal length are decoded together, so that nothing is padded and no answer depends on its
+        neighbours.
+
+        Args:
+            visual_BND: tokens of each prompt's image, in any float dtype.
+            prompts_ids: ids of each prompt, BOS included (`Prompt.encode_question`).
+            max_new_tokens: where to stop if no end token comes.
+
+        Returns:
+            The generated ids of each prompt, the end token excluded.
+        """
+        answers: list[list[int]] = [[] for _ in prompts_ids]
+        for rows, embeds_BTE in self._prompt_groups(visual_BND, prompts_ids):
+            generated_BK = self._decode(embeds_BTE, max_new_tokens)
+            for row, ids in zip(rows, generated_BK.tolist(), strict=True):
+                end = next((index for index, token in enumerate(ids) if token in self.eos_ids), len(ids))
+                answers[row] = ids[:end]
+        return answers
+
+    def _decode(self, embeds_BTE: Tensor, max_new_tokens: int) -> Tensor:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.llm.config)
+        eos = torch.tensor(sorted(self.eos_ids), device=embeds_BTE.device)
+        ended_B = torch.zeros(len(embeds_BTE), dtype=torch.bool, device=embeds_BTE.device)
+        chosen: list[Tensor] = []
+        for _ in range(max_new_tokens):
+            logits_BV = self._logits(embeds_BTE, _last_of_each(embeds_BTE), past_key_values=cache, use_cache=True)
+            chosen.append(logits_BV.argmax(dim=-1))
+            ended_B |= torch.isin(chosen[-1], eos)
+            if bool(ended_B.all()):
+                break
+            embeds_BTE = self.llm.get_input_embeddings()(chosen[-1])[:, None]
+        return torch.stack(chosen, dim=1)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """Text embeddings with the visual ones put in their places, [B, T, E].
+
+        The connector runs even on zero images: where ranks train together, each must take part in every collective of
+        its gradients.
+        """
+        embeds_BTE: Tensor = self.llm.get_input_embeddings()(batch.input_ids_BT)
+        visual_UNE = self.connector(batch.visual_UND.to(_dtype_of(self.connector))).to(embeds_BTE.dtype)
+        end = self.visual_at + visual_UNE.shape[1]
+        embeds_BTE[batch.image_rows, self.visual_at : end] = visual_UNE[batch.image_of_row]
+        return embeds_BTE
+
+    def _prompt_groups(
+        self, visual_BND: Tensor, prompts_ids: Sequence[Sequence[int]]
+    ) -> Iterable[tuple[list[int], Tensor]]:
+        """(row numbers, embeddings [rows, T, E]) of the prompts of each length."""
+        rows_of: dict[int, list[int]] = {}
+        for row, ids in enumerate(prompts_ids):
+            rows_of.setdefault(len(ids), []).append(row)
+        embedding = self.llm.get_input_embeddings()
+        for rows in rows_of.values():
+            ids_BT = torch.tensor([list(prompts_ids[row]) for row in rows], device=embedding.weight.device)
+            text_BTE = embedding(ids_BT)
+            visual_BNE = self.connector(visual_BND[rows].to(text_BTE.device, _dtype_of(self.connector)))
+            parts = text_BTE[:, : self.visual_at], visual_BNE.to(text_BTE.dtype), text_BTE[:, self.visual_at :]
+            yield rows, torch.cat(parts, dim=1)
+
+    def _logits(self, embeds_BTE: Tensor, positions_S: Tensor, use_cache: bool = False, **extra: Any) -> Tensor:
+        """Logits [S, V] at flat positions; the rest of the LLM's forward, its scaling of logits included, stays its
+        own.
+        """
+        self._head_positions = positions_S
+        try:
+            output = self.llm(inputs_embeds=embeds_BTE, use_cache=use_cache, **extra)
+        finally:
+            self._head_positions = None
+        logits_SV: Tensor = output.logits[0]
+        return logits_SV
+
+    def _select_positions(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self._head_positions is None:
+            return inputs
+        return (inputs[0].flatten(0, 1)[self._head_positions][None], *inputs[1:])
+
+
+def isolating_mask(turn_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive attention mask [B, 1, T, T] with which each turn sees the prefix (turn 0) and its own past."""
+    length = turn_BT.shape[1]
+    past_TT = torch.ones(length, length, dtype=torch.bool, device=turn_BT.device).tril()
+    seen_BTT = (turn_BT[:, :, None] == turn_BT[:, None, :]) | (turn_BT == 0)[:, None, :]
+    hidden_BTT = ~(seen_BTT & past_TT)
+    mask_BTT = torch.zeros(hidden_BTT.shape, dtype=dtype, device=turn_BT.device)
+    return mask_BTT.masked_fill_(hidden_BTT, torch.finfo(dtype).min)[:, None]
+
+
+def _last_of_each(embeds_BTE: Tensor) -> Tensor:
+    """Flat position of the last token of each row."""
+    rows, length = embeds_BTE.shape[:2]
+    return torch.arange(1, rows + 1, device=embeds_BTE.device) * length - 1
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in module.parameters()), torch.float32)

@@ -1,0 +1,145 @@
+"""How do conversations become a micro-batch? Token ids, learned positions, visual tokens; padded on the right.
+
+Shapes: B rows, T positions of a row (visual and text), N visual tokens an image, D their width, U different images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vlmx.cache_specs.reader import TokenReader
+from vlmx.data.records import Conversation
+from vlmx.models.prompts import IGNORED, EncodedConversation, Prompt
+from vlmx.models.vlm import Batch
+
+Ints = npt.NDArray[np.int64]
+PADDING_TURN = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """A batch and what is counted about it.
+
+    Attributes:
+        supervised: tokens that are learned.
+        tokens: tokens without padding, visual ones included.
+        truncated: conversations that were cut.
+        silent: conversations in which nothing is learned.
+    """
+
+    batch: Batch
+    supervised: int
+    tokens: int
+    truncated: int
+    silent: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One conversation with its visual tokens' places, all [T] of this row."""
+
+    ids: Ints
+    labels: Ints
+    turns: Ints
+    positions: Ints
+    truncated: bool
+
+
+class Collator:
+    """Builds micro-batches.
+
+    Args:
+        prompt: turns conversations into token ids.
+        reader: the cache.
+        image_ids: content id by the data's image key.
+        isolated: turns of a conversation do not see each other, and positions start again in each.
+        max_text_tokens: longer texts are cut.
+        max_positions: text is cut where its position would reach this, for LLMs with a table of positions; None: no
+            limit.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        reader: TokenReader,
+        image_ids: dict[str, str],
+        *,
+        isolated: bool,
+        max_text_tokens: int,
+        max_positions: int | None,
+    ) -> None:
+        self.prompt = prompt
+        self.reader = reader
+        self.image_ids = image_ids
+        self.isolated = isolated
+        self.max_text_tokens = max_text_tokens
+        self.max_positions = max_positions
+
+    def __call__(self, conversations: Sequence[Conversation]) -> MicroBatch:
+        """One micro-batch; an image that several conversations share is read once.
+
+        Raises:
+            CacheCorruptError: the tokens of an image are not what was written.
+        """
+        encoded = self.prompt.encode_many(
+            [[(turn.question, turn.answer) for turn in c.turns] for c in conversations], isolated=self.isolated
+        )
+        rows = [self._row(e, c.image is not None) for e, c in zip(encoded, conversations, strict=True)]
+        images = [self.image_ids[c.image] for c in conversations if c.image is not None]
+        unique = list(dict.fromkeys(images))
+        number_of = {image: number for number, image in enumerate(unique)}
+        visual_UND = torch.from_numpy(self.reader.read(unique))
+        if self.reader.logical_dtype == "bfloat16":
+            visual_UND = visual_UND.view(torch.bfloat16)
+        labels_BT = _pad([row.labels for row in rows], IGNORED)
+        learned_BT = labels_BT != IGNORED
+        predictor_S = np.flatnonzero(learned_BT) - 1  # the token before; labels never stand first in a row
+        return MicroBatch(
+            batch=Batch(
+                input_ids_BT=torch.from_numpy(_pad([row.ids for row in rows], 0)),
+                visual_UND=visual_UND,
+                image_rows=torch.tensor([n for n, c in enumerate(conversations) if c.image is not None]).long(),
+                image_of_row=torch.tensor([number_of[image] for image in images]).long(),
+                predictor_S=torch.from_numpy(predictor_S),
+                target_S=torch.from_numpy(labels_BT[learned_BT]),
+                turn_BT=torch.from_numpy(_pad([row.turns for row in rows], PADDING_TURN)) if self.isolated else None,
+                position_BT=torch.from_numpy(_pad([row.positions for row in rows], 0)) if self.isolated else None,
+            ),
+            supervised=len(predictor_S),
+            tokens=sum(len(row.ids) for row in rows),
+            truncated=sum(row.truncated for row in rows),
+            silent=int((~learned_BT.any(axis=1)).sum()),
+        )
+
+    def _row(self, encoded: EncodedConversation, has_image: bool) -> _Row:
+        turns = np.array(encoded.turn_of_token, dtype=np.int64)
+        at, visual = self.prompt.visual_at, self.reader.num_tokens if has_image else 0
+        positions = np.arange(len(turns)) + visual * (turns > 0)
+        if self.isolated and len(turns) > at:
+            first_of_turn = np.concatenate([[at], np.flatnonzero(np.diff(turns[at:])) + 1 + at])
+            positions[at:] -= first_of_turn[turns[at:] - 1] - at
+        fits = np.arange(len(turns)) < self.max_text_tokens
+        if self.max_positions is not None:
+            fits &= positions < self.max_positions
+        ids = np.array(encoded.input_ids, dtype=np.int64)[fits]
+        labels = np.array(encoded.labels, dtype=np.int64)[fits]
+        turns, positions = turns[fits], positions[fits]
+        if visual:
+            ids = np.insert(ids, at, np.zeros(visual, dtype=np.int64))
+            labels = np.insert(labels, at, np.full(visual, IGNORED))
+            turns = np.insert(turns, at, np.zeros(visual, dtype=np.int64))
+            positions = np.insert(positions, at, np.arange(at, at + visual))
+        return _Row(ids=ids, labels=labels, turns=turns, positions=positions, truncated=not fits.all())
+
+
+def _pad(rows: Sequence[Ints], value: int) -> Ints:
+    """Rows [T_b] -> [B, T], filled with `value` on the right."""
+    padded_BT = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+    for padded_T, row in zip(padded_BT, rows, strict=True):
+        padded_T[: len(row)] = row
+    return padded_BT

@@ -1,0 +1,198 @@
+"""The command `vlmx train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vlmx.console import note
+from vlmx.errors import ConfigError, RunError, UsageError, VlmxError
+from vlmx.runs import RunFolder
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from vlmx.train.settings import TrainConfig
+
+EPILOG = """
+\b
+Examples
+  vlmx train --cache vit-mini-scenes --connector mlp2
+  vlmx train --cache vit-mini-scenes optim.lr=5e-4 max_steps=200 --out runs/try
+  vlmx train --out runs/try --resume
+  torchrun --nproc-per-node 2 -m vlmx train --cache vmamba-mini-scenes
+  torchrun --nproc-per-node 8 -m vlmx train --cache vmamba-s-coco@512 \\
+      --config paper --llm models/vicuna-7b --data llava_v1_5_mix665k.json
+
+`vlmx train --keys` lists all keys with their defaults.
+"""
+
+
+def _complete_cache(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from vlmx.cache_specs.catalog import list_caches
+
+    root = Path(ctx.params.get("caches") or "caches")
+    return [CompletionItem(name) for name in list_caches(root) if name.startswith(incomplete)]
+
+
+def _complete_connector(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from vlmx.models.connectors import CONNECTORS
+
+    return [CompletionItem(name) for name in CONNECTORS.names() if name.startswith(incomplete)]
+
+
+def _complete_preset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from vlmx.train.settings import preset_names
+
+    return [CompletionItem(name) for name in preset_names() if name.startswith(incomplete)]
+
+
+def _list_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from vlmx.console import table
+    from vlmx.train.settings import described_keys
+
+    table(["key", "default", "meaning"], [list(row) for row in described_keys()])
+    ctx.exit()
+
+
+@click.command("train", epilog=EPILOG, short_help="train a connector and an LLM on a cache")
+@click.option("--cache", metavar="NAME", shell_complete=_complete_cache, help="Cache: name, prefix of it, or path.")
+@click.option("--caches", metavar="FOLDER", default="caches", show_default=True, help="Folder of all caches.")
+@click.option("--connector", metavar="NAME", shell_complete=_complete_connector, help="linear, mlp2, mlp3.")
+@click.option("--llm", metavar="LLM", help="mini, a Hugging Face folder, or a hub id.")
+@click.option("--data", metavar="DATA", help="mini, or a LLaVA-style .json or .jsonl file.")
+@click.option(
+    "--config",
+    metavar="PRESET|FILE",
+    shell_complete=_complete_preset,
+    help="A preset (mini, paper) or a YAML file. Without it: mini for the mini study, paper for other data.",
+)
+@click.option("--out", metavar="FOLDER", help="Run folder.  [default: runs/<cache>-<connector>-<data>]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out: same command again, or --out alone.")
+@click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_list_keys, help="List all keys.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train(
+    cache: str | None,
+    caches: str,
+    connector: str | None,
+    llm: str | None,
+    data: str | None,
+    config: str | None,
+    out: str | None,
+    resume: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train a connector and an LLM on the visual tokens of a cache.
+
+    Reads the cache and the conversations, needs no image and no encoder, and leaves a run folder: metrics.jsonl,
+    checkpoints, and the trained model. Options and KEY=VALUE items override the configuration file. Starts several
+    processes under torchrun.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    options = {"cache": cache, "connector": connector, "llm": llm, "data": data}
+    try:
+        folder, resolved = _resolve(options, config, list(overrides), out, resume)
+        if folder is None or not _is_finished(folder, resume):
+            folder = _run(resolved, Path(caches), folder, world_size, resume)
+    except VlmxError as error:
+        if world_size == 1:
+            raise
+        from vlmx.train.parallel import exit_now
+
+        if rank == 0 or error.exit_code not in (2, 3):  # those are the same on every process
+            lines = [f"error (process {rank}): {error.what}", f"why: {error.why}", f"fix: {error.fix}"]
+            note("\n  ".join(line for line in lines if not line.endswith(": ")))
+        exit_now(error.exit_code)
+    if rank == 0:
+        click.echo(folder)
+    if world_size > 1:
+        from vlmx.train.parallel import exit_now
+
+        exit_now(0)
+
+
+def _resolve(
+    options: dict[str, str | None], config: str | None, overrides: list[str], out: str | None, resume: bool
+) -> tuple[Path | None, TrainConfig]:
+    """The run folder, None if it follows from the cache's full name, and the configuration."""
+    from vlmx.config import load_config
+    from vlmx.train.settings import TrainConfig, preset_path
+
+    if resume and not any(options.values()) and config is None and not overrides:
+        if out is None:
+            raise ConfigError(
+                "--resume needs to know what to go on with", fix="give --out RUN, or the whole command again"
+            )
+        run = RunFolder.open(out)
+        return run.path, load_config(TrainConfig, None, [], **run.config)
+    preset = config or ("mini" if (options["data"] or "mini") == "mini" else "paper")
+    if config is None and options["cache"] is None and not any(item.startswith("cache=") for item in overrides):
+        raise UsageError("--cache is missing", fix="name a cache that `vlmx extract` made (vlmx list caches)")
+    resolved = load_config(TrainConfig, preset_path(preset), overrides, **options)
+    return Path(out) if out else None, resolved
+
+
+def _is_finished(folder: Path, resume: bool) -> bool:
+    """Whether there is nothing to do.
+
+    Raises:
+        RunError: there is a run in the folder, and it shall not be gone on with.
+    """
+    if not (folder / "status.json").exists():
+        return False
+    if not resume:
+        raise RunError(
+            f"there is a run in {folder} already",
+            why=f"it is {RunFolder(folder).status['state']}",
+            fix="--resume goes on with it; or choose another --out, or remove it",
+        )
+    if RunFolder(folder).status["state"] == "done":
+        note(f"{folder} is finished, there is nothing to resume")
+        return True
+    return False
+
+
+def _run(config: TrainConfig, caches: Path, folder: Path | None, world_size: int, resume: bool) -> Path:
+    from vlmx.train.loop import train as train_run
+    from vlmx.train.parallel import join, leave
+    from vlmx.train.plan import make_plan
+
+    plan = make_plan(config, caches=caches, world_size=world_size)
+    if folder is None:
+        folder = Path("runs") / f"{plan.reader.path.name}-{plan.config.connector}-{Path(plan.config.data).stem}"
+        if _is_finished(folder, resume):
+            return folder
+    if resume and (folder / "status.json").exists():
+        _require_same(RunFolder(folder), plan.config)
+    world = join()
+    train_run(plan, folder, world, resume=resume)
+    leave(world)
+    return folder
+
+
+def _require_same(run: RunFolder, config: TrainConfig) -> None:
+    """A resumed run keeps its configuration; only what has no influence on the result may change.
+
+    Raises:
+        ConfigError: something else differs; all keys are named.
+    """
+    free = {"checkpoint", "log_every"}
+    before, now = run.config, config.model_dump(mode="json")
+    changed = [key for key in now if key not in free and now[key] != before.get(key)]
+    if changed:
+        raise ConfigError(
+            f"{run.path} was started with another configuration",
+            why="; ".join(f"{key}: {before.get(key)!r}, now {now[key]!r}" for key in changed),
+            fix="give the command of the start, or --out and --resume alone, or another --out",
+        )

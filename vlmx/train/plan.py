@@ -1,0 +1,131 @@
+"""What would this training do, and can it? Everything is checked here, before an LLM is loaded or a file written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmx.cache_specs.ids import ImageTable, table_path
+from vlmx.cache_specs.reader import TokenReader, open_cache
+from vlmx.data.mixtures import load_mixture
+from vlmx.data.records import Conversation
+from vlmx.errors import CacheError, DataError, UsageError
+from vlmx.models.connectors import CONNECTORS
+from vlmx.train.sampler import steps_an_epoch
+from vlmx.train.settings import TrainConfig
+
+SHOWN = 5
+DEFAULT_CACHES = Path("caches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """A training whose names all exist and whose images are all there.
+
+    Attributes:
+        config: as given, with the cache's full name, or its path if it is not in the default root.
+        reader: the cache.
+        conversations: what is trained on, in the data's order.
+        image_ids: content id of each conversation's image, by the data's own key.
+        steps_per_epoch: optimiser steps a pass over the data takes.
+        total_steps: optimiser steps of the whole run.
+        micro_batch: conversations at once in one process.
+        notes: what was left out and why, for the user.
+    """
+
+    config: TrainConfig
+    reader: TokenReader
+    conversations: tuple[Conversation, ...]
+    image_ids: dict[str, str]
+    steps_per_epoch: int
+    total_steps: int
+    micro_batch: int
+    notes: tuple[str, ...]
+
+
+def make_plan(config: TrainConfig, *, caches: Path, world_size: int) -> TrainPlan:
+    """Check a configuration against what is on disk.
+
+    Raises:
+        UnknownNameError: no such cache, connector or data.
+        UsageError: the batch cannot be divided among the processes.
+        CacheError: the cache lacks images of the data.
+        DataError: the data breaks its schema, or its images were never extracted.
+    """
+    CONNECTORS.get(config.connector)
+    micro_batch = divided_batch(config, world_size)
+    reader = open_cache(config.cache, caches)
+    name = reader.path.name if reader.path.parent == DEFAULT_CACHES else str(reader.path)
+    mixture = load_mixture(config.data)
+    conversations, image_ids, dropped = _with_images(mixture.conversations, config, reader, mixture.name)
+    if not conversations:
+        raise DataError("there is nothing to train on", why="; ".join(dropped), fix="extract the data's images again")
+    steps_per_epoch = steps_an_epoch(conversations, config.global_batch)
+    return TrainPlan(
+        config=config.model_copy(update={"cache": name}),
+        reader=reader,
+        conversations=conversations,
+        image_ids=image_ids,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.max_steps or steps_per_epoch * config.epochs,
+        micro_batch=micro_batch,
+        notes=(*mixture.notes, *dropped),
+    )
+
+
+def divided_batch(config: TrainConfig, world_size: int) -> int:
+    """The micro-batch of one process: `config.micro_batch`, or its whole share of the global batch if that is smaller.
+
+    Raises:
+        UsageError: the shares would not be equal.
+    """
+    share, rest = divmod(config.global_batch, world_size)
+    micro_batch = min(config.micro_batch, share)
+    if rest or share == 0 or share % micro_batch:
+        raise UsageError(
+            f"a global batch of {config.global_batch} cannot be divided among {world_size} processes"
+            f" in micro-batches of {config.micro_batch}",
+            why="every process must have as many equal micro-batches",
+            fix="set global_batch to a multiple of processes x micro_batch",
+        )
+    return micro_batch
+
+
+def _with_images(
+    conversations: tuple[Conversation, ...], config: TrainConfig, reader: TokenReader, data_name: str
+) -> tuple[tuple[Conversation, ...], dict[str, str], tuple[str, ...]]:
+    """Conversations whose image has tokens, those images' content ids, and a note on what was left out.
+
+    Images that could not be decoded are left out and noted; images that were never extracted are an error.
+    """
+    keys = list(dict.fromkeys(c.image for c in conversations if c.image is not None))
+    if not keys:
+        return conversations, {}, ()
+    root, name = reader.path.parent, config.images or data_name
+    weights = f" --weights {reader.spec.weights_sha256}" if reader.spec.random_weights else ""
+    command = (
+        f"vlmx extract --backbone {reader.spec.backbone} --res {reader.spec.resolution}{weights} --data {config.data}"
+    )
+    if not table_path(root, name).is_file():
+        raise DataError(
+            f"the images of '{config.data}' were never extracted",
+            why=f"{root} has no image table '{name}'",
+            fix=f"{command}; or set images=NAME if they were extracted under another name",
+        )
+    table = ImageTable.open(root, name)
+    unknown = [key for key in keys if key not in table]
+    if unknown:
+        raise CacheError(
+            f"{len(unknown)} of {len(keys)} images of '{config.data}' were never extracted",
+            why=f"the first are {', '.join(unknown[:SHOWN])}",
+            fix=f"{command} adds them, and encodes nothing twice",
+        )
+    broken = table.failed()
+    image_ids = {key: table.id_of(key) for key in keys if key not in broken}
+    reader.require(image_ids.values(), data=config.data)
+    usable = tuple(c for c in conversations if c.image is None or c.image in image_ids)
+    if len(usable) == len(conversations):
+        return usable, image_ids, ()
+    lost = [key for key in keys if key in broken]
+    note = f"{len(conversations) - len(usable)} conversations are left out: {len(lost)} images could not be decoded"
+    return usable, image_ids, (f"{note}, e.g. {lost[0]} ({broken[lost[0]]})",)

@@ -1,0 +1,109 @@
+"""What can be set for a training, and which presets exist?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from vlmx.config import Config
+from vlmx.errors import ConfigError
+from vlmx.registry import unknown_name
+
+PRESETS = Path(__file__).parent / "configs"
+
+Turns = Literal["causal", "isolated"]
+Precision = Literal["fp32", "bf16"]
+LossMean = Literal["tokens", "microbatch"]
+
+
+class OptimConfig(Config):
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    lr: float = Field(default=2e-5, gt=0, description="peak learning rate of the LLM")
+    connector_lr: float | None = Field(
+        default=None, gt=0, description="peak learning rate of the connector; null: that of the LLM"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's decay rates of the moments")
+    weight_decay: float = Field(default=0.1, ge=0, description="on matrices only, by their original shape")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="the gradient's global norm is clipped to this")
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, le=1, description="part of the steps during which the rate rises from 0"
+    )
+
+
+class CheckpointConfig(Config):
+    """What a killed training goes on from."""
+
+    every_steps: int = Field(default=500, ge=0, description="save every so many steps; 0: never")
+    keep: int = Field(default=2, ge=1, description="how many of the newest checkpoints are kept")
+
+
+class TrainConfig(Config):
+    """One training run of a connector and an LLM on one cache."""
+
+    cache: str = Field(description="cache with the visual tokens: name, unambiguous prefix, or path")
+    data: str = Field(default="mini", description="conversations: mini, or a LLaVA-style .json or .jsonl file")
+    images: str | None = Field(
+        default=None, description="image table of the data; null: named like the data (extract --name)"
+    )
+    connector: str = Field(default="mlp2", description="linear, mlp2, mlp3, or a plug-in's name")
+    llm: str = Field(default="mini", description="mini, a Hugging Face folder, or a hub id")
+    prompt: str = Field(default="auto", description="vicuna-v1.5, plain, chat, or auto")
+    turns: Turns = Field(
+        default="causal", description="causal: a turn sees the earlier ones; isolated: only image and itself"
+    )
+    seed: int = Field(default=7, ge=0, description="of the batch order and of dropout")
+    epochs: int = Field(default=1, ge=1, description="passes over the data")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="stop after so many steps, the schedule included; null: all epochs"
+    )
+    global_batch: int = Field(default=128, ge=1, description="conversations a step, over all processes")
+    micro_batch: int = Field(default=16, ge=1, description="conversations at once in one process, at most")
+    max_text_tokens: int = Field(
+        default=2048, ge=8, description="longer conversations are cut here; visual tokens not counted"
+    )
+    loss_mean: LossMean = Field(
+        default="tokens", description="tokens: mean over a step's learned tokens; microbatch: mean of means"
+    )
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    precision: Precision = Field(
+        default="fp32", description="bf16: compute in bfloat16, weights and optimiser stay float32"
+    )
+    activation_checkpointing: bool = Field(default=False, description="recompute the LLM's layers in the backward pass")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log_every: int = Field(default=10, ge=1, description="write a line of metrics every so many steps")
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with vlmx."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def preset_path(name_or_file: str) -> Path:
+    """The YAML file of a preset's name, or the file itself.
+
+    Raises:
+        ConfigError: the file does not exist.
+        UnknownNameError: no preset has this name.
+    """
+    if name_or_file in preset_names():
+        return PRESETS / f"{name_or_file}.yaml"
+    path = Path(name_or_file)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"there is no configuration file {path}", fix=f"presets: {', '.join(preset_names())}")
+        return path
+    raise unknown_name("preset", name_or_file, preset_names())
+
+
+def described_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, default, description) of every key, groups with dots; for the help text."""
+    for key, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from described_keys(field.annotation, f"{prefix}{key}.")
+        else:
+            default = "required" if field.is_required() else "null" if field.default is None else str(field.default)
+            yield f"{prefix}{key}", default, field.description or ""
