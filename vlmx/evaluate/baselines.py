@@ -1,0 +1,84 @@
+"""What would an answer be worth that did not look at the image? Exact expectations, nothing is drawn at random.
+
+    prior           text: the most frequent right answer of each question type, in the scored questions themselves
+    random_object   boxes: one of the image's true objects, but nobody knows which one is asked for
+    mean_box        boxes: the average true box of the scored questions
+
+The prior is an upper bound for everything that gives one answer per question type without seeing the image, whatever
+it was learned from: no such answerer can do better on these questions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from vlmx.data.records import Box, Question
+from vlmx.evaluate.metrics import SCORERS, rule_of
+from vlmx.evaluate.metrics.boxes import iou
+
+Baseline = Literal["prior", "random_object", "mean_box"]
+BASELINE_TEXT: Mapping[Baseline, str] = {
+    "prior": "answer prior (most frequent answer of each question type)",
+    "random_object": "a random true object of the image",
+    "mean_box": "the mean box",
+}
+HIT_IOU = 0.5
+
+
+def text_prior(questions: Sequence[Question]) -> float:
+    """Mean score, 0..1, of always giving the answer that scores best within each question type.
+
+    Args:
+        questions: text questions of one benchmark; at least one.
+    """
+    score = SCORERS[rule_of(questions[0].benchmark)]
+    by_type: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        by_type[question.question_type].append(question)
+    best = 0.0
+    for members in by_type.values():
+        candidates = {answer for question in members for answer in question.answers}
+        best += max(sum(score(answer, question.answers) for question in members) for answer in candidates)
+    return best / len(questions)
+
+
+def random_object(questions: Sequence[Question]) -> float | None:
+    """Expected rate of IoU >= 0.5, 0..1, when the answer is one of the image's true objects, each equally likely.
+
+    Args:
+        questions: box questions; None is returned if any of them does not list the image's objects.
+    """
+    if not all(question.object_boxes for question in questions):
+        return None
+    return sum(_share_of_hits(question) for question in questions) / len(questions)
+
+
+def _share_of_hits(question: Question) -> float:
+    assert question.box is not None
+    hits = sum(iou(box, question.box) >= HIT_IOU for box in question.object_boxes)
+    return hits / len(question.object_boxes)
+
+
+def mean_box(questions: Sequence[Question]) -> float:
+    """Rate of IoU >= 0.5, 0..1, of one fixed answer: the mean true box, in parts of each image's sides."""
+    units = [_source_unit(question) for question in questions]
+    answer = tuple(sum(edges) / len(units) for edges in zip(*units, strict=True))
+    return sum(iou(answer, unit) >= HIT_IOU for unit in units) / len(units)  # type: ignore[arg-type]  # four edges
+
+
+def _source_unit(question: Question) -> Box:
+    assert question.box is not None
+    width, height = question.image_wh
+    x1, y1, x2, y2 = question.box
+    return (x1 / width, y1 / height, x2 / width, y2 / height)
+
+
+def baselines_of(questions: Sequence[Question]) -> dict[Baseline, float]:
+    """All baselines that fit the questions of one benchmark, in percent."""
+    if questions[0].kind == "text":
+        return {"prior": 100 * text_prior(questions)}
+    objects = random_object(questions)
+    found: dict[Baseline, float] = {} if objects is None else {"random_object": 100 * objects}
+    return {**found, "mean_box": 100 * mean_box(questions)}

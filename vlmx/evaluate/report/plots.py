@@ -1,0 +1,114 @@
+"""How do results and losses look? SVG drawings in the page's own text colour, for light and dark.
+
+matplotlib draws ink and rules in two place-holder colours, which are then replaced by CSS colours of the page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vlmx.evaluate.report.collect import Report, RunData
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#3b7dd8", "#e0802f", "#2a9d74", "#b04fa8", "#c0a020", "#6478a0", "#d1495b", "#3aa0b8")
+_INK, _RULE = "#010203", "#040506"
+_WIDTH_IN = 7.4
+_BAR_IN = 0.17
+_SMOOTHED_STEPS = 25
+
+
+def color_of(index: int) -> str:
+    """The colour of the run at `index`; it repeats after eight."""
+    return COLORS[index % len(COLORS)]
+
+
+def result_plot(report: Report) -> str:
+    """Bars with intervals for every benchmark and run; a line marks the baseline, an open circle the control."""
+    benchmarks = report.benchmarks
+    step = len(report.runs) + 1.2
+    figure, axes = _figure("results", height_in=0.7 + _BAR_IN * step * len(benchmarks))
+    for place, benchmark in enumerate(benchmarks):
+        for index, run in enumerate(report.runs):
+            if benchmark in run.scores:
+                _result_bar(axes, run, benchmark, place * step + index, color_of(index))
+        baselines = [_baseline(run, benchmark) for run in report.runs if benchmark in run.scores]
+        top, bottom = place * step - 0.6, place * step + len(report.runs) - 0.4
+        axes.plot([max(baselines)] * 2, [top, bottom], color=_INK, linewidth=1.4, zorder=4)
+    axes.set_yticks(
+        [place * step + (len(report.runs) - 1) / 2 for place in range(len(benchmarks))],
+        [name.removeprefix("mini-") for name in benchmarks],
+    )
+    axes.set_ylim(len(benchmarks) * step - 0.6, -1.2)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("score in percent, 95 % interval")
+    axes.grid(axis="x", color=_RULE, linewidth=0.6, zorder=0)
+    return _svg(figure, "results")
+
+
+def _result_bar(axes: Axes, run: RunData, benchmark: str, y: float, color: str) -> None:
+    score = run.scores[benchmark]
+    low, high = score.interval95
+    axes.barh(y, score.score, height=0.86, color=color, zorder=2)
+    axes.plot([low, high], [y, y], color=_INK, linewidth=1.0, alpha=0.75, zorder=3)
+    if benchmark in run.control_scores:
+        control = run.control_scores[benchmark].score
+        axes.plot([control], [y], marker="o", markersize=3.6, markerfacecolor="none", color=_INK, zorder=5)
+
+
+def _baseline(run: RunData, benchmark: str) -> float:
+    return max(run.scores[benchmark].baselines.values())
+
+
+def loss_plot(runs: Sequence[RunData]) -> str:
+    """Training loss by step: every logged value faintly, a running mean over 25 logged values on top."""
+    figure, axes = _figure("losses", height_in=3.2)
+    for index, run in enumerate(runs):
+        steps, losses = [step for step, _ in run.losses], [loss for _, loss in run.losses]
+        smooth = [
+            sum(losses[max(0, at - _SMOOTHED_STEPS + 1) : at + 1]) / min(at + 1, _SMOOTHED_STEPS)
+            for at in range(len(losses))
+        ]
+        axes.plot(steps, losses, color=color_of(index), linewidth=0.5, alpha=0.3)
+        axes.plot(steps, smooth, color=color_of(index), linewidth=1.6)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per answer token")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.01)
+    axes.grid(color=_RULE, linewidth=0.6)
+    return _svg(figure, "losses")
+
+
+def _figure(name: str, *, height_in: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
+    axes = figure.add_subplot(label=name)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_RULE)
+    axes.tick_params(colors=_INK, labelsize=9, length=0)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"vlmx {name}"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("'DejaVu Sans', ", "").replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
+    return svg
