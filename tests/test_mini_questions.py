@@ -78,6 +78,8 @@ def test_existence() -> None:
 
 def test_relations() -> None:
     found = _all("mini-relation")
+    assert found["What color is the left circle?"] == {"red"}
+    assert found["What shape is the red object on the right?"] == {"square"}
     assert found["Where is the square relative to the red circle?"] == {"right"}
     assert found["Is the red circle to the left of the square?"] == {"yes"}
     assert found["Is the green object above the sign?"] == {"yes"}

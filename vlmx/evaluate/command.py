@@ -151,9 +151,7 @@ def probe(name: str, caches: Path) -> None:
         ("box, mean IoU in percent", f"{result.box_iou:.1f}", f"{result.box_iou_position:.1f}"),
     ]
     table(["linear probe", "token", "position only"], rows, title=result.backbone)
-    note(
-        f"fitted on {result.train_scenes} train scenes, measured on {result.test_scenes} held-out ones of {result.cache}"
-    )
+    note(f"{result.train_scenes} train scenes, {result.test_scenes} held-out ones; cache {result.cache}")
 
 
 @click.command(epilog=REPORT_EPILOG)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Literal, get_args
 
 from vlmx.data.mini.dice import Dice
-from vlmx.data.mini.scenes import COLORS, IMAGE_PX, SHAPES, PixelBox, Scene, SceneObject
+from vlmx.data.mini.scenes import COLORS, IMAGE_PX, SHAPES, Color, PixelBox, Scene, SceneObject, Size
 
 Group = Literal[
     "mini-attribute",
@@ -74,16 +75,29 @@ def names_of(scene: Scene, thing: SceneObject) -> list[str]:
         return ["sign"]
     color, shape, size = thing.color, thing.shape, thing.size
     for names in ([f"{color} object", shape], [f"{color} {shape}"], [f"{size} {color} {shape}"]):
-        fitting = [name for name in names if len(_members(scene, name)) == 1]
+        fitting = [name for name in names if len(named(scene, name)) == 1]
         if fitting:
             return fitting
     return []
 
 
-def _members(scene: Scene, name: str) -> list[SceneObject]:
-    """The objects that a name without a place fits; "object" alone fits signs too."""
-    words = set(name.split())
-    return [t for t in scene.objects if words <= {"object", t.shape, t.color, t.size}]
+@cache
+def _attributes(name: str) -> tuple[str | None, str | None, str | None]:
+    """(size, color, shape) that a name without a place asks for; None where it leaves that open."""
+    *attributes, noun = name.split()
+    size = next((word for word in attributes if word in get_args(Size)), None)
+    color = next((word for word in attributes if word in get_args(Color)), None)
+    return size, color, None if noun == "object" else noun
+
+
+def named(scene: Scene, name: str) -> list[SceneObject]:
+    """The objects that a name without a place, such as "small red circle", fits; "object" alone fits signs too."""
+    size, color, shape = _attributes(name)
+    return [
+        thing
+        for thing in scene.objects
+        if shape in (None, thing.shape) and color in (None, thing.color) and size in (None, thing.size)
+    ]
 
 
 def _ahead_px2(thing: SceneObject, other: SceneObject, side: Side) -> int:
@@ -113,11 +127,11 @@ def _attribute(scene: Scene, dice: Dice) -> Asked | None:
         if thing.shape == "sign":
             continue
         for name in (thing.shape, f"{thing.size} {thing.shape}"):
-            if len(_members(scene, name)) == 1:
+            if len(named(scene, name)) == 1:
                 options.append(("what color", f"What color is the {name}?", thing.color))
                 break
         for name in (f"{thing.color} object", f"{thing.size} {thing.color} object"):
-            if len(_members(scene, name)) == 1:
+            if len(named(scene, name)) == 1:
                 options.append(("what shape", f"What shape is the {name}?", thing.shape))
                 break
     if not options:
@@ -131,7 +145,7 @@ def _count(scene: Scene, dice: Dice) -> Asked | None:
     for name, plural in [(s, "crosses" if s == "cross" else f"{s}s") for s in SHAPES] + [
         (f"{c} object", f"{c} objects") for c in COLORS
     ]:
-        by_count.setdefault(len(_members(scene, name)), []).append(plural)
+        by_count.setdefault(len(named(scene, name)), []).append(plural)
     wheel = [count for count in sorted(by_count) if count < 5 for _ in range(_COUNT_WEIGHTS[count])]
     count = dice.pick(wheel)
     return _words("mini-count", "how many", f"How many {dice.pick(by_count[count])} are there?", str(count))
@@ -140,7 +154,7 @@ def _count(scene: Scene, dice: Dice) -> Asked | None:
 def _exist(scene: Scene, dice: Dice) -> Asked | None:
     kinds: tuple[list[str], ...] = ([f"{c} object" for c in COLORS], list(SHAPES), _COLORED_SHAPES)
     names = dice.pick(kinds)
-    there = {name: bool(_members(scene, name)) for name in names}
+    there = {name: bool(named(scene, name)) for name in names}
     wanted = dice.chance(50)
     fitting = [name for name in names if there[name] == wanted]
     if not fitting:
@@ -151,6 +165,7 @@ def _exist(scene: Scene, dice: Dice) -> Asked | None:
     return _words("mini-exist", "is there", f"Is there a {dice.pick(fitting)}?", "yes" if wanted else "no")
 
 
+@lru_cache(maxsize=4)  # a scene is asked several times in a row
 def _named_pairs(scene: Scene) -> list[tuple[str, SceneObject, str, SceneObject]]:
     named = [(names_of(scene, thing), thing) for thing in scene.objects]
     return [
@@ -164,12 +179,15 @@ def _named_pairs(scene: Scene) -> list[tuple[str, SceneObject, str, SceneObject]
 
 
 def _relation(scene: Scene, dice: Dice) -> Asked | None:
+    kind = dice.pick(("place", "side", "whether"))
+    if kind == "place":
+        return _attribute_at_place(scene, dice)
     pairs = _named_pairs(scene)
     if not pairs:
         return None
     name, thing, other_name, other = dice.pick(pairs)
-    ahead = {side: _ahead_px2(thing, other, side) for side in _SIDES}
-    if dice.chance(50):
+    if kind == "side":
+        ahead = {side: _ahead_px2(thing, other, side) for side in _SIDES}
         side = max(_SIDES, key=lambda s: ahead[s])
         across = min(abs(ahead["left"]), abs(ahead["above"]))
         if ahead[side] < across + 2 * MARGIN_PX:
@@ -183,6 +201,17 @@ def _relation(scene: Scene, dice: Dice) -> Asked | None:
     return _words("mini-relation", "is the", question, "yes" if wanted else "no")
 
 
+def _attribute_at_place(scene: Scene, dice: Dice) -> Asked | None:
+    """The color or shape, whichever the phrase does not give, of what a phrase such as "left circle" names."""
+    options: list[tuple[str, str, str]] = []
+    for phrase, thing in _place_phrases(scene):
+        if thing.shape not in phrase:
+            options.append(("what shape", f"What shape is the {phrase}?", thing.shape))
+        if thing.color not in phrase:
+            options.append(("what color", f"What color is the {phrase}?", thing.color))
+    return _words("mini-relation", *dice.pick(options)) if options else None
+
+
 def _read(scene: Scene, dice: Dice) -> Asked | None:
     if scene.sign_letter is None:
         return None
@@ -194,12 +223,13 @@ def _plain_phrases(scene: Scene) -> list[tuple[str, SceneObject]]:
     return [(name, thing) for thing in scene.objects if thing.shape != "sign" for name in names_of(scene, thing)]
 
 
+@lru_cache(maxsize=4)  # a scene is asked several times in a row
 def _place_phrases(scene: Scene) -> list[tuple[str, SceneObject]]:
     """Phrases such as "left circle", where "circle" alone would fit several."""
     names = ["object", *SHAPES, *(f"{c} object" for c in COLORS), *_COLORED_SHAPES]
     found = []
     for name in names:
-        members = _members(scene, name)
+        members = named(scene, name)
         if len(members) < 2:
             continue
         for side in _SIDES:
@@ -209,13 +239,17 @@ def _place_phrases(scene: Scene) -> list[tuple[str, SceneObject]]:
     return found
 
 
+@lru_cache(maxsize=4)  # a scene is asked several times in a row
 def _relation_phrases(scene: Scene) -> list[tuple[str, SceneObject]]:
     """Phrases such as "the circle that is above the red square", true of one of several circles."""
     anchors = [(name, thing) for thing in scene.objects for name in names_of(scene, thing)]
     found = []
     for name in ["object", *SHAPES, *(f"{c} object" for c in COLORS), *_COLORED_SHAPES]:
+        fitting = named(scene, name)
+        if len(fitting) < 2:
+            continue
         for anchor_name, anchor in anchors:
-            members = [thing for thing in _members(scene, name) if thing is not anchor]
+            members = [thing for thing in fitting if thing is not anchor]
             if len(members) < 2:
                 continue
             for side in _SIDES:

@@ -7,7 +7,7 @@ visible of an object.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -99,7 +99,7 @@ def scene_of(key: str) -> Scene:
     split, _, digits = key.partition("/")
     if not digits.isdigit():
         raise ValueError(f"not a scene key: {key!r}")
-    return sample_scene(split, int(digits))  # type: ignore[arg-type]  # sample_scene checks the split
+    return sample_scene(split, int(digits))  # sample_scene checks the split
 
 
 def owner_map(objects: tuple[SceneObject, ...]) -> npt.NDArray[np.int8]:
@@ -111,6 +111,7 @@ def owner_map(objects: tuple[SceneObject, ...]) -> npt.NDArray[np.int8]:
     return owner
 
 
+@cache
 def shape_mask(shape: Shape, width: int, height: int) -> npt.NDArray[np.bool_]:
     """Pixels of a shape that fills a width x height box: bool [height, width], touching all four edges."""
     u = np.abs(2 * np.arange(width) + 1 - width)[None, :]  # twice the distance of pixel centres from the middle

@@ -21,6 +21,7 @@ from vlmx.errors import UsageError
 from vlmx.extract.backbones.base import FamilyNet
 from vlmx.extract.backbones.catalogue import BackboneRow
 from vlmx.extract.ops.selective_scan import selective_scan
+from vlmx.extract.weights import strip_prefix
 
 STEM_BN_EPS = 1e-4
 STATES = 8
@@ -289,9 +290,8 @@ class MambaVision(FamilyNet):
         self.apply(_init_linear)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Published names -> own names: the hub's `model.` prefix goes, and so does all after the tapped stage."""
-        if state and all(name.startswith("model.") for name in state):
-            state = {name.removeprefix("model."): value for name, value in state.items()}
+        """Published names -> own names: prefixes (`module.`, the hub's `model.`) go, and all after the tapped stage."""
+        state = strip_prefix(strip_prefix(state, "module."), "model.")
         after = tuple(f"levels.{index}." for index in range(self.tap + 1, self.stages_total))
         dropped = (f"levels.{self.tap}.downsample.", *after, "norm.", "head.")
         return {name: value for name, value in state.items() if not name.startswith(dropped)}
