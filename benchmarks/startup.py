@@ -1,6 +1,6 @@
 """How long does `vlmx --help` take? Prints the median of whole processes, beside an interpreter that does nothing.
 
-    .venv/bin/python benchmarks/startup.py
+.venv/bin/python benchmarks/startup.py
 """
 
 import statistics

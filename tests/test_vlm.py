@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cache_samples import spec_of
 from tiny_llm import tiny_llm, tiny_tokenizer, write_tiny_llm
 
 from vlmx.errors import RunError, WeightsError
@@ -160,8 +161,7 @@ CARD = ModelCard(
     dim_llm=32,
     prompt="plain",
     llm="tiny",
-    cache="vit@64x64-0",
-    fingerprint="0",
+    spec=spec_of(),
     grid=(2, 2),
 )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlmx.console import note, progress
 from vlmx.data.records import Question
-from vlmx.errors import CacheError, DataError, SpecMismatchError
+from vlmx.errors import CacheError, DataError
 from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_path
 from vlmx.evaluate.score import questions_of
 from vlmx.runs import RunFolder
@@ -118,18 +118,14 @@ def predict_run(
     """
     import torch
 
+    from vlmx.cache_specs.catalog import require_spec
     from vlmx.cache_specs.reader import open_cache
     from vlmx.models.folder import load_model
 
     folder = run.path / "model"
     saved = load_model(folder)
-    reader = open_cache(saved.card.cache, caches)
-    if reader.spec.fingerprint != saved.card.fingerprint:
-        raise SpecMismatchError(
-            f"the cache '{saved.card.cache}' is not the one that the run '{run.name}' was trained on",
-            why=f"its fingerprint is {reader.spec.fingerprint[:12]}, the run's is {saved.card.fingerprint[:12]}",
-            fix="give the folder of caches of the training with --caches",
-        )
+    reader = open_cache(saved.card.spec.name, caches)
+    require_spec(reader, saved.card.spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vlm = saved.vlm.to(device)
     connector_sha256 = hashlib.sha256((folder / "connector.safetensors").read_bytes()).hexdigest()

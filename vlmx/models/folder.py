@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmx.cache_specs.spec import CacheSpec
 from vlmx.errors import RunError, WeightsError
 from vlmx.models.connectors import build_connector
 from vlmx.models.llm import load_llm, no_progress_bars
@@ -38,8 +39,7 @@ class ModelCard:
         dim_llm: width E of the LLM's embeddings.
         prompt: name of the prompt format, never "auto".
         llm: what the LLM was before training, a name or a path.
-        cache: name of the cache.
-        fingerprint: fingerprint of the cache's spec.
+        spec: what the visual tokens are; its name is the cache's.
         grid: rows and columns of visual tokens.
     """
 
@@ -48,8 +48,7 @@ class ModelCard:
     dim_llm: int
     prompt: str
     llm: str
-    cache: str
-    fingerprint: str
+    spec: CacheSpec
     grid: tuple[int, int]
 
 
@@ -85,7 +84,7 @@ def save_model(
     with no_progress_bars():
         vlm.llm.save_pretrained(folder / "llm", state_dict=llm)
     tokenizer.save_pretrained(folder / "llm")
-    write_json(folder / CARD, asdict(card))
+    write_json(folder / CARD, {**asdict(card), "spec": card.spec.to_dict()})
 
 
 def load_model(folder: Path) -> SavedModel:
@@ -104,7 +103,7 @@ def load_model(folder: Path) -> SavedModel:
             fix="finish it: vlmx train --resume --out RUN",
         )
     fields = json.loads((folder / CARD).read_text())
-    card = ModelCard(**{**fields, "grid": tuple(fields["grid"])})
+    card = ModelCard(**{**fields, "spec": CacheSpec.from_dict(fields["spec"]), "grid": tuple(fields["grid"])})
     llm, tokenizer = load_llm(str(folder / "llm"))
     connector = build_connector(card.connector, card.dim_vision, card.dim_llm)
     try:

@@ -179,8 +179,7 @@ def build_model(plan: TrainPlan) -> tuple[VLM, Prompt, Any, ModelCard]:
         dim_llm=dim_llm,
         prompt=prompt.name,
         llm=config.llm,
-        cache=reader.path.name,
-        fingerprint=reader.spec.fingerprint,
+        spec=reader.spec,
         grid=reader.shape.grid,
     )
     return vlm, prompt, tokenizer, card
