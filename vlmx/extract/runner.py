@@ -53,7 +53,7 @@ class ExtractSummary:
         dataset: name of the image table.
         images: keys of the source.
         different: different images among them.
-        new: images that the cache did not know before.
+        new: images that were encoded now.
         failed: key and reason for every image of the source that cannot be decoded.
         new_bytes: bytes that the shards of the new images take.
         seconds: where the time went.
@@ -123,15 +123,16 @@ def extract(
             writer.seal()
             reasons = writer.manifest.failed
         ImageTable.merge(root, source.name, table_entries(images, reasons))
+    encoded = sum(image not in reasons for shard in plan.shards for image in shard.ids)
 
     return ExtractSummary(
         cache=root / spec.name,
         dataset=source.name,
         images=len(images),
         different=len(plan.by_id),
-        new=plan.new,
+        new=encoded,
         failed={image.key: reasons[image.id] for image in images if image.id in reasons},
-        new_bytes=plan.new_bytes,
+        new_bytes=plan.new_bytes * encoded // max(1, plan.new),
         seconds=seconds,
         untrained=untrained,
     )
