@@ -25,6 +25,7 @@ def header(**fields: object) -> Header:
         "model": "m1",
         "cache": "c",
         "fingerprint": "f",
+        "encoder_weights": "ab" * 32,
         "geometry": {"mode": "letterbox", "height": 64, "width": 64, "fill": [0, 0, 0], "resampling": "bicubic"},
         "prompt_format": "plain",
     }

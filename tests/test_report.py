@@ -71,6 +71,7 @@ def make_run(root: Path, encoder: str, connector: str, right_of_ten: int, limit:
                 model="cd" * 32,
                 cache=spec.name,
                 fingerprint=spec.fingerprint,
+                encoder_weights=spec.weights_sha256,
                 geometry=GEOMETRY.to_dict(),
                 prompt_format="plain",
             )

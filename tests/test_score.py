@@ -28,6 +28,7 @@ def header(benchmark: str, questions: int, limit: int | None = None) -> Header:
         model="m",
         cache="c",
         fingerprint="f",
+        encoder_weights="random:3",
         geometry=SQUARE.to_dict(),
         prompt_format="plain",
     )
@@ -97,6 +98,7 @@ def test_score_run_writes_what_it_returns_and_can_be_given_again(tmp_path: Path)
     first = path.read_bytes()
     assert score_from_dict(json.loads(first)) == score
     assert score.score <= score.baselines["prior"] < 30
+    assert score.encoder == "c (untrained)"
     score_run(run)
     assert path.read_bytes() == first
 

@@ -214,6 +214,7 @@ def _print_scores(scores: Sequence[Score], *, title: str) -> None:
                 str(s.invalid),
             )
         )
+    title = f"{title}: {scores[0].encoder}" if scores else title
     table(["benchmark", "score", "95 % interval", "baselines", "questions", "invalid"], rows, title=title)
 
 

@@ -152,6 +152,7 @@ def predict_run(
             model=connector_sha256,
             cache=reader.spec.name,
             fingerprint=reader.spec.fingerprint,
+            encoder_weights=reader.spec.weights_sha256,
             geometry=reader.spec.geometry.to_dict(),
             prompt_format=saved.card.prompt,
         )

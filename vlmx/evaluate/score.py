@@ -64,7 +64,7 @@ class Score:
         invalid: number of answers that could not be read; they count as wrong.
         baselines: percent by name (see baselines.py), over the same questions.
         details: boxes: "iou25" (percent at IoU 0.25) and "mean_iou" (percent); text: percent by question type.
-        model, cache, fingerprint, prompt_format: what the answers were made with.
+        model, cache, fingerprint, encoder_weights, prompt_format: what the answers were made with.
     """
 
     benchmark: str
@@ -82,7 +82,14 @@ class Score:
     model: str
     cache: str
     fingerprint: str
+    encoder_weights: str
     prompt_format: str
+
+    @property
+    def encoder(self) -> str:
+        """Name of the encoder, marked when its weights are random."""
+        name = self.cache.partition("@")[0]
+        return f"{name} (untrained)" if self.encoder_weights.startswith("random:") else name
 
 
 def grade(question: Question, text: str, geometry: Geometry, *, box_rule: BoxRule = "exact") -> Grade:
@@ -157,6 +164,7 @@ def score_grades(header: Header, grades: Sequence[Grade], *, box_rule: BoxRule =
         model=header.model,
         cache=header.cache,
         fingerprint=header.fingerprint,
+        encoder_weights=header.encoder_weights,
         prompt_format=header.prompt_format,
     )
 

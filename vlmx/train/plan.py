@@ -30,7 +30,7 @@ class TrainPlan:
         steps_per_epoch: optimiser steps a pass over the data takes.
         total_steps: optimiser steps of the whole run.
         micro_batch: conversations at once in one process.
-        notes: what was left out and why, for the user.
+        notes: what was left out and why, and an untrained encoder, for the user.
     """
 
     config: TrainConfig
@@ -69,7 +69,15 @@ def make_plan(config: TrainConfig, *, caches: Path, world_size: int) -> TrainPla
         steps_per_epoch=steps_per_epoch,
         total_steps=config.max_steps or steps_per_epoch * config.epochs,
         micro_batch=micro_batch,
-        notes=(*mixture.notes, *dropped),
+        notes=(*mixture.notes, *dropped, *_untrained(reader)),
+    )
+
+
+def _untrained(reader: TokenReader) -> tuple[str, ...]:
+    if not reader.spec.random_weights:
+        return ()
+    return (
+        f"the encoder {reader.spec.backbone} is untrained ({reader.spec.weights_sha256})",
     )
 
 

@@ -150,16 +150,16 @@ def _read_run(run: RunFolder, caches: Path) -> RunData:
         name: score_grades(*grades_of_run(run, name, "shuffled")) for name in answered_benchmarks(run, "shuffled")
     }
     card = _json(run.path / "model" / "model.json")
-    cache = next(iter(scores.values())).cache
+    first = next(iter(scores.values()))
     return RunData(
         name=run.name,
-        encoder=cache.partition("@")[0],
+        encoder=first.encoder,
         connector=str(card.get("connector", "")),
         llm=str(card.get("llm", "")),
         data=str(run.config.get("data", "")),
-        cache=cache,
-        fingerprint=next(iter(scores.values())).fingerprint,
-        spec=_spec(caches / cache),
+        cache=first.cache,
+        fingerprint=first.fingerprint,
+        spec=_spec(caches / first.cache),
         scores=scores,
         control_scores=control_scores,
         grades=grades,
