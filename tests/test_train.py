@@ -24,6 +24,7 @@ from vlmx.errors import CacheError, ConfigError, DataError, RunError, UnknownNam
 from vlmx.models.folder import load_model
 from vlmx.runs import RunFolder
 from vlmx.train.checkpoints import saved_steps
+from vlmx.train.collate import _answer_weights
 from vlmx.train.command import train as train_command
 
 MAIN = Path(__file__).parent / "train_main.py"
@@ -133,6 +134,19 @@ def test_division_into_micro_batches_does_not_matter(world, plain):
     assert losses(other) == pytest.approx(losses(plain), abs=1e-5)
     mean_of_means = run_here(world, world / "means", "micro_batch=2", "max_steps=5", "loss_mean=microbatch")
     assert abs(losses(mean_of_means)[1] - losses(plain)[1]) > 1e-3
+
+
+def test_every_answer_counts_the_same_if_wanted(world, plain):
+    one = run_here(world, world / "answers-4", "micro_batch=4", "max_steps=2", "loss_mean=answers")
+    other = run_here(world, world / "answers-2", "micro_batch=2", "max_steps=2", "loss_mean=answers")
+    assert losses(one) == pytest.approx(losses(other), abs=1e-5)
+    assert abs(losses(one)[1] - losses(plain)[1]) > 1e-4
+
+
+def test_weights_of_answers():
+    turns_BT = np.array([[0, 1, 1, 1, 2, 2], [0, 1, 1, 1, -1, -1]])
+    learned_BT = np.array([[0, 0, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0]], dtype=bool)
+    assert _answer_weights(turns_BT, learned_BT) == pytest.approx([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3])
 
 
 @pytest.fixture(scope="module")

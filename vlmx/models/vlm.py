@@ -29,6 +29,7 @@ class Batch:
         image_of_row: which of the U images each of these rows has, [R].
         predictor_S: flat positions (row * T + position) whose next token is learned.
         target_S: those next tokens.
+        weight_S: what each of them weighs in the loss; None: each weighs 1.
         turn_BT: isolated turns only: 0 for the shared prefix, k for the k-th turn; None: plain causal attention.
         position_BT: isolated turns only: positions, which start again after the prefix in every turn.
     """
@@ -39,6 +40,7 @@ class Batch:
     image_of_row: Tensor
     predictor_S: Tensor
     target_S: Tensor
+    weight_S: Tensor | None = None
     turn_BT: Tensor | None = None
     position_BT: Tensor | None = None
 
@@ -70,7 +72,7 @@ class VLM(nn.Module):
         llm.get_output_embeddings().register_forward_pre_hook(self._select_positions)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The sum of the S token losses, a scalar in float32; 0 with a gradient of zeros if S is 0."""
+        """The weighted sum of the S token losses, a scalar in float32; 0 with a gradient of zeros if S is 0."""
         embeds_BTE = self._embed(batch)
         extra: dict[str, Any] = {}
         if batch.turn_BT is not None:
@@ -80,7 +82,9 @@ class VLM(nn.Module):
                 "position_ids": batch.position_BT,
             }
         logits_SV = self._logits(embeds_BTE, batch.predictor_S, **extra)
-        return F.cross_entropy(logits_SV.float(), batch.target_S, reduction="sum")
+        if batch.weight_S is None:
+            return F.cross_entropy(logits_SV.float(), batch.target_S, reduction="sum")
+        return F.cross_entropy(logits_SV.float(), batch.target_S, reduction="none") @ batch.weight_S
 
     @torch.inference_mode()
     def first_token_logits(self, visual_BND: Tensor, prompts_ids: Sequence[Sequence[int]]) -> Tensor:

@@ -27,6 +27,7 @@ class MicroBatch:
 
     Attributes:
         supervised: tokens that are learned.
+        weight: sum of what they weigh in the loss: their number, or that of the answers if every answer weighs 1.
         tokens: tokens without padding, visual ones included.
         truncated: conversations that were cut.
         silent: conversations in which nothing is learned.
@@ -34,6 +35,7 @@ class MicroBatch:
 
     batch: Batch
     supervised: int
+    weight: float
     tokens: int
     truncated: int
     silent: int
@@ -58,6 +60,7 @@ class Collator:
         reader: the cache.
         image_ids: content id by the data's image key.
         isolated: turns of a conversation do not see each other, and positions start again in each.
+        by_answer: every answer weighs the same in the loss, however many tokens it has.
         max_text_tokens: longer texts are cut.
         max_positions: text is cut where its position would reach this, for LLMs with a table of positions; None: no
             limit.
@@ -70,6 +73,7 @@ class Collator:
         image_ids: dict[str, str],
         *,
         isolated: bool,
+        by_answer: bool,
         max_text_tokens: int,
         max_positions: int | None,
     ) -> None:
@@ -77,6 +81,7 @@ class Collator:
         self.reader = reader
         self.image_ids = image_ids
         self.isolated = isolated
+        self.by_answer = by_answer
         self.max_text_tokens = max_text_tokens
         self.max_positions = max_positions
 
@@ -98,6 +103,8 @@ class Collator:
             visual_UND = visual_UND.view(torch.bfloat16)
         labels_BT = _pad([row.labels for row in rows], IGNORED)
         learned_BT = labels_BT != IGNORED
+        turns_BT = _pad([row.turns for row in rows], PADDING_TURN)
+        weight_S = _answer_weights(turns_BT, learned_BT) if self.by_answer else None
         predictor_S = np.flatnonzero(learned_BT) - 1  # the token before; labels never stand first in a row
         return MicroBatch(
             batch=Batch(
@@ -107,10 +114,12 @@ class Collator:
                 image_of_row=torch.tensor([number_of[image] for image in images]).long(),
                 predictor_S=torch.from_numpy(predictor_S),
                 target_S=torch.from_numpy(labels_BT[learned_BT]),
-                turn_BT=torch.from_numpy(_pad([row.turns for row in rows], PADDING_TURN)) if self.isolated else None,
+                weight_S=None if weight_S is None else torch.from_numpy(weight_S),
+                turn_BT=torch.from_numpy(turns_BT) if self.isolated else None,
                 position_BT=torch.from_numpy(_pad([row.positions for row in rows], 0)) if self.isolated else None,
             ),
             supervised=len(predictor_S),
+            weight=len(predictor_S) if weight_S is None else float(weight_S.sum(dtype=np.float64)),
             tokens=sum(len(row.ids) for row in rows),
             truncated=sum(row.truncated for row in rows),
             silent=int((~learned_BT.any(axis=1)).sum()),
@@ -135,6 +144,14 @@ class Collator:
             turns = np.insert(turns, at, np.zeros(visual, dtype=np.int64))
             positions = np.insert(positions, at, np.arange(at, at + visual))
         return _Row(ids=ids, labels=labels, turns=turns, positions=positions, truncated=not fits.all())
+
+
+def _answer_weights(turns_BT: Ints, learned_BT: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """1 / the number of learned tokens of its answer, for each learned token, [S]."""
+    row_S, _ = np.nonzero(learned_BT)
+    answer_S = row_S * (turns_BT.max() + 1) + turns_BT[learned_BT]
+    _, index_S, length = np.unique(answer_S, return_inverse=True, return_counts=True)
+    return (1 / length[index_S]).astype(np.float32)
 
 
 def _pad(rows: Sequence[Ints], value: int) -> Ints:

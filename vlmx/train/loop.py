@@ -1,7 +1,8 @@
 """How does phase two train? The spine: plan -> model -> steps -> model folder, top to bottom.
 
 The loss of a step is the sum over its learned tokens of all processes and micro-batches, divided by their number; so it
-does not depend on how the batch is divided. (`loss_mean: microbatch` gives the reference's mean of means instead.)
+does not depend on how the batch is divided. With `loss_mean: answers` each answer counts the same, however long it is;
+`loss_mean: microbatch` gives the reference's mean of means instead.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def _train(plan: TrainPlan, run: RunFolder, world: World, *, resume: bool) -> No
         plan.reader,
         plan.image_ids,
         isolated=config.turns == "isolated",
+        by_answer=config.loss_mean == "answers",
         max_text_tokens=config.max_text_tokens,
         max_positions=max_positions,
     )
@@ -137,12 +139,13 @@ def train_step(vlm: VLM, optimizer: torch.optim.Optimizer, step: Step, plan: Tra
     """
     config = plan.config
     torch.manual_seed((config.seed << 40) + step.index * world.size + world.rank)  # dropout; makes resuming exact
-    local = sum(m.supervised for m in step.micro_batches), sum(m.tokens for m in step.micro_batches)
-    supervised, tokens, micro_batches = world.sums([*local, len(step.micro_batches)])
+    parts = step.micro_batches
+    local = [sum(m.supervised for m in parts), sum(m.weight for m in parts), sum(m.tokens for m in parts), len(parts)]
+    supervised, weight, tokens, micro_batches = world.sums(local)
     optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     for micro in step.micro_batches:
-        divisor = supervised if config.loss_mean == "tokens" else micro.supervised * micro_batches
+        divisor = micro.supervised * micro_batches if config.loss_mean == "microbatch" else weight
         with compute_in(config.precision, world):
             loss = vlm(micro.batch.to(world.device)) / max(1.0, divisor)
         (loss * world.size).backward()  # gradients are averaged over processes: the factor makes them sums

@@ -76,9 +76,7 @@ def make_plan(config: TrainConfig, *, caches: Path, world_size: int) -> TrainPla
 def _untrained(reader: TokenReader) -> tuple[str, ...]:
     if not reader.spec.random_weights:
         return ()
-    return (
-        f"the encoder {reader.spec.backbone} is untrained ({reader.spec.weights_sha256})",
-    )
+    return (f"the encoder {reader.spec.backbone} is untrained ({reader.spec.weights_sha256})",)
 
 
 def divided_batch(config: TrainConfig, world_size: int) -> int:

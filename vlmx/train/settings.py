@@ -16,7 +16,7 @@ PRESETS = Path(__file__).parent / "configs"
 
 Turns = Literal["causal", "isolated"]
 Precision = Literal["fp32", "bf16"]
-LossMean = Literal["tokens", "microbatch"]
+LossMean = Literal["tokens", "answers", "microbatch"]
 
 
 class OptimConfig(Config):
@@ -66,7 +66,9 @@ class TrainConfig(Config):
         default=2048, ge=8, description="longer conversations are cut here; visual tokens not counted"
     )
     loss_mean: LossMean = Field(
-        default="tokens", description="tokens: mean over a step's learned tokens; microbatch: mean of means"
+        default="tokens",
+        description="tokens: mean over a step's learned tokens; answers: over its answers, each the mean of its tokens;"
+        " microbatch: mean of the micro-batches' means over tokens",
     )
     optim: OptimConfig = Field(default_factory=OptimConfig)
     precision: Precision = Field(
