@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vlmx.cache_specs.manifest import MANIFEST, read_manifest
-from vlmx.cache_specs.spec import CacheSpec
-from vlmx.errors import CacheError, SpecMismatchError
+from vlmx.cache_specs.manifest import MANIFEST
+from vlmx.errors import CacheError
 from vlmx.registry import unknown_name
-
-if TYPE_CHECKING:
-    from vlmx.cache_specs.reader import TokenReader
 
 
 def list_caches(root: Path) -> list[str]:
@@ -48,25 +43,6 @@ def find(root: Path, text: str | Path) -> Path:
         )
     # what users type is compared without the fingerprint, which would hide the likeness; it is a prefix, so it works
     raise unknown_name("cache", typed, {_stem(name) for name in names}, listing="vlmx list caches")
-
-
-def require_spec(cache: TokenReader | Path, spec: CacheSpec) -> None:
-    """Make sure that a cache holds the tokens of `spec`.
-
-    Raises:
-        SpecMismatchError: it does not; the message lists every field that differs.
-    """
-    if isinstance(cache, Path):
-        path, held = cache, read_manifest(cache).header.spec
-    else:
-        path, held = cache.path, cache.spec
-    differences = held.differences(spec)
-    if differences:
-        raise SpecMismatchError(
-            f"cache {path.name} was made with another spec than {spec.name}",
-            why="; ".join(differences),
-            fix=f"use the cache {spec.name}, or extract it",
-        )
 
 
 def _stem(name: str) -> str:

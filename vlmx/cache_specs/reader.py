@@ -26,7 +26,7 @@ from vlmx.cache_specs.manifest import is_sealed, read_manifest
 from vlmx.cache_specs.shards import crc_matches, read_index
 from vlmx.cache_specs.sizing import CRC_BYTES
 from vlmx.cache_specs.spec import CacheSpec, DType, TokenShape
-from vlmx.errors import CacheCorruptError, CacheError
+from vlmx.errors import CacheCorruptError, CacheError, SpecMismatchError
 
 OPEN_FILES_MAX = 512
 
@@ -111,6 +111,20 @@ class TokenReader:
     def missing(self, ids: Iterable[str]) -> list[str]:
         """Those of `ids` that have no tokens here, each once, in order of appearance."""
         return [image for image in dict.fromkeys(ids) if image not in self.ids]
+
+    def require_spec(self, spec: CacheSpec) -> None:
+        """Make sure that the cache holds the tokens of `spec`.
+
+        Raises:
+            SpecMismatchError: it does not; the message lists every field that differs.
+        """
+        differences = self.spec.differences(spec)
+        if differences:
+            raise SpecMismatchError(
+                f"cache {self.path.name} was made with another spec than {spec.name}",
+                why="; ".join(differences),
+                fix=f"use the cache {spec.name}, or extract it",
+            )
 
     def require(self, ids: Iterable[str], *, data: str = "") -> None:
         """Make sure that all of `ids` have tokens.

@@ -118,14 +118,13 @@ def predict_run(
     """
     import torch
 
-    from vlmx.cache_specs.catalog import require_spec
     from vlmx.cache_specs.reader import open_cache
     from vlmx.models.folder import load_model
 
     folder = run.path / "model"
     saved = load_model(folder)
     reader = open_cache(saved.card.spec.name, caches)
-    require_spec(reader, saved.card.spec)
+    reader.require_spec(saved.card.spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vlm = saved.vlm.to(device)
     connector_sha256 = hashlib.sha256((folder / "connector.safetensors").read_bytes()).hexdigest()
