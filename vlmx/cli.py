@@ -9,6 +9,7 @@ import traceback
 
 import click
 
+from vlmx.console import show_error
 from vlmx.errors import VlmxError
 
 COMMANDS = {
@@ -74,13 +75,6 @@ def cli(debug: bool) -> None:
     """
 
 
-def show(error: VlmxError) -> None:
-    """Print what, why, fix on stderr."""
-    for label, text in (("error", error.what), ("why", error.why), ("fix", error.fix)):
-        if text:
-            print(f"{label:<6} {text}", file=sys.stderr)
-
-
 def main(args: list[str] | None = None) -> None:
     """Run one command and exit with its code."""
     arguments = sys.argv[1:] if args is None else args
@@ -98,12 +92,12 @@ def main(args: list[str] | None = None) -> None:
     except VlmxError as error:
         if debug:
             traceback.print_exc()
-        show(error)
+        show_error(error)
         sys.exit(error.exit_code)
     except Exception as error:  # noqa: BLE001  the one place where a bug of ours becomes a message
         if debug:
             traceback.print_exc()
-        show(
+        show_error(
             VlmxError(
                 f"unexpected {type(error).__name__}: {error}",
                 why="this is a bug in vlmx, or a library that behaves in an unforeseen way",

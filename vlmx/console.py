@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from vlmx.errors import VlmxError
+
 LINE_EVERY_S = 15.0
 
 
@@ -18,6 +20,13 @@ def note(message: str) -> None:
 def warn(message: str) -> None:
     """One line about something that the user should know (stderr)."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def show_error(error: VlmxError) -> None:
+    """What, why and fix of an error, a line each (stderr)."""
+    for label, text in (("error", error.what), ("why", error.why), ("fix", error.fix)):
+        if text:
+            note(f"{label:<6} {text}")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:

@@ -19,12 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmx.console import format_seconds, note
-from vlmx.errors import RunError
+import click
+
+from vlmx.console import format_seconds, note, show_error
+from vlmx.errors import RunError, VlmxError
 
 ENCODERS = ("vit-mini-scenes", "vmamba-mini-scenes")
 CONNECTORS = ("mlp2", "mlp3")
-_RUN_CHAIN = "import sys, json; from vlmx.serve.demo import run_chain; run_chain(json.loads(sys.argv[1]))"
+_CHILD = "from vlmx.serve.demo import main; main()"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,16 @@ def run_demo(folder: Path, *, encoders: Sequence[str], connectors: Sequence[str]
         Path of the report.
 
     Raises:
+        UnknownNameError: there is no such encoder or connector; nothing was done.
         RunError: a command failed; its output is above, its name and exit code in the message.
     """
+    from vlmx.extract.backbones import catalogue
+    from vlmx.models.connectors import CONNECTORS
+
+    for encoder in encoders:
+        catalogue.row(encoder)
+    for connector in connectors:
+        CONNECTORS.get(connector)
     start = time.monotonic()
     caches, runs = folder / "caches", folder / "runs"
     note(f"vlmx demo: {len(encoders)} encoders x {len(connectors)} connectors on the embedded mini study")
@@ -86,13 +96,22 @@ def _run_chain_of(encoder: str, connector: str, caches: Path, run: Path, quick: 
     return Chain(label=f"{encoder} {connector}", commands=commands)
 
 
+def main() -> None:
+    """A child process: run the chain in the first argument and exit with the code of its error, if any."""
+    try:
+        run_chain(json.loads(sys.argv[1]))
+    except VlmxError as error:
+        show_error(error)
+        sys.exit(error.exit_code)
+
+
 def run_chain(commands: Sequence[Sequence[str]]) -> None:
     """Run commands in this process, so that the heavy libraries are imported once."""
     from vlmx.evaluate import command as evaluate
     from vlmx.extract import command as extract
     from vlmx.train import command as train
 
-    table = {
+    table: dict[str, click.Command] = {
         "extract": extract.extract,
         "probe": evaluate.probe,
         "train": train.train,
@@ -119,7 +138,7 @@ def _run_stage(title: str, chains: Sequence[Chain]) -> None:
 def _run_process(chain: Chain) -> int:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
-        [sys.executable, "-c", _RUN_CHAIN, json.dumps(chain.commands)],
+        [sys.executable, "-c", _CHILD, json.dumps(chain.commands)],
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
