@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,9 @@ def _train(plan: TrainPlan, run: RunFolder, world: World, *, resume: bool) -> No
         _announce(plan, run, feed, prompt, world, start)
     counts: Counter[str] = Counter()
     vlm.train()
-    with progress(f"train {run.name}", plan.total_steps - start, "steps") as bar:
-        meter = _Meter(run, plan, bar if world.first else None)
+    shown = progress(f"train {run.name}", plan.total_steps - start, "steps") if world.first else nullcontext()
+    with shown as bar:
+        meter = _Meter(run, plan, bar)
         for step in feed.steps(start):
             meter.waited()
             factor = lr_factor(step.index, plan.total_steps, config.optim.warmup_ratio)
