@@ -1,7 +1,9 @@
 """The command as users type it: help, errors with what, why and fix, exit codes, nothing heavy before it is needed."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,23 +58,30 @@ def test_doctor_finds_this_machine_fit() -> None:
     assert "torchvision" in done.stdout
 
 
-def test_completion_knows_backbones() -> None:
-    import os
-
-    env = {
-        **os.environ,
-        "_VLMX_COMPLETE": "bash_complete",
-        "COMP_WORDS": "vlmx extract --backbone vmamba-t",
-        "COMP_CWORD": "3",
-    }
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("vlmx extract --backbone vmamba-t", "vmamba-t-coco"),
+        ("vlmx train --connector ml", "mlp3"),
+        ("vlmx train --cache vi", "vit-mini-scenes@64x64-0123456789ab"),
+        ("vlmx cache info vi", "vit-mini-scenes@64x64-0123456789ab"),
+        ("vlmx eval --run fi", "first-run"),
+    ],
+)
+def test_completion_knows_names(tmp_path: Path, words: str, expected: str) -> None:
+    for file in ("caches/vit-mini-scenes@64x64-0123456789ab/manifest.jsonl", "runs/first-run/status.json"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    asked = {"_VLMX_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     done = subprocess.run(
         [sys.executable, "-c", "from vlmx.cli import cli; cli(prog_name='vlmx')"],
-        env=env,
+        env={**os.environ, **asked},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "vmamba-t-coco" in done.stdout
+    assert f"plain,{expected}" in done.stdout.splitlines()
 
 
 def test_completion_script_is_printed() -> None:

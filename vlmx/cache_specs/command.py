@@ -18,10 +18,10 @@ Worked examples:
 
 
 def complete_caches(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of caches below --root, or below the folder `caches`."""
+    """Names of caches below the folder that --root or --caches names, or below `caches`."""
     from vlmx.cache_specs.catalog import list_caches
 
-    root = Path(context.params.get("root") or "caches")
+    root = Path(context.params.get("root") or context.params.get("caches") or "caches")
     return [CompletionItem(name) for name in list_caches(root) if name.startswith(incomplete)]
 
 

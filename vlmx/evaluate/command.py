@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 from click.shell_completion import CompletionItem
 
+from vlmx.cache_specs.command import complete_caches
 from vlmx.console import note, table
 from vlmx.runs import RunFolder, list_runs
 
@@ -54,13 +55,6 @@ Worked examples:
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of runs for the shell."""
     return [CompletionItem(name) for name in [*list_runs(RUNS_ROOT), "latest"] if name.startswith(incomplete)]
-
-
-def complete_cache(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of caches for the shell."""
-    root = Path(ctx.params.get("caches") or "caches")
-    names = sorted(path.parent.name for path in root.glob("*/manifest.jsonl"))
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
 caches_option = click.option(
@@ -130,7 +124,7 @@ def score(run_name: str, boxes: str) -> None:
     "name",
     required=True,
     metavar="CACHE",
-    shell_complete=complete_cache,
+    shell_complete=complete_caches,
     help="Name, beginning of a name, or folder.",
 )
 @caches_option

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vlmx.cache_specs.command import complete_caches
 from vlmx.console import note
 from vlmx.errors import ConfigError, RunError, UsageError, VlmxError
 from vlmx.runs import RunFolder
@@ -29,15 +30,6 @@ Examples
 
 `vlmx train --keys` lists all keys with their defaults.
 """
-
-
-def _complete_cache(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from click.shell_completion import CompletionItem
-
-    from vlmx.cache_specs.catalog import list_caches
-
-    root = Path(ctx.params.get("caches") or "caches")
-    return [CompletionItem(name) for name in list_caches(root) if name.startswith(incomplete)]
 
 
 def _complete_connector(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -67,7 +59,7 @@ def _list_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 @click.command("train", epilog=EPILOG, short_help="train a connector and an LLM on a cache")
-@click.option("--cache", metavar="NAME", shell_complete=_complete_cache, help="Cache: name, prefix of it, or path.")
+@click.option("--cache", metavar="NAME", shell_complete=complete_caches, help="Cache: name, prefix of it, or path.")
 @click.option("--caches", metavar="FOLDER", default="caches", show_default=True, help="Folder of all caches.")
 @click.option("--connector", metavar="NAME", shell_complete=_complete_connector, help="linear, mlp2, mlp3.")
 @click.option("--llm", metavar="LLM", help="mini, a Hugging Face folder, or a hub id.")

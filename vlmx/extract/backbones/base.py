@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from vlmx.extract.backbones.catalogue import BackboneRow
 from vlmx.extract.backbones.catalogue import row as catalogue_row
 
 
-class FamilyNet(nn.Module):
+class FamilyNet(nn.Module, ABC):
     """Base of what a family's `build` returns. A subclass sets the attributes and implements the two methods.
 
     Attributes:
@@ -45,6 +46,7 @@ class FamilyNet(nn.Module):
     out_norm: str
     forward_version: int
 
+    @abstractmethod
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Map a checkpoint (published key names, with or without their published prefix) to the names of this module.
 
@@ -53,11 +55,10 @@ class FamilyNet(nn.Module):
         Raises:
             WeightsError: the checkpoint is recognised as another variant; the message names which.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Tokens (B, N, D) of normalised RGB images (B, 3, H, W), row-major over `grid`."""
-        raise NotImplementedError
 
 
 class Backbone(nn.Module):
