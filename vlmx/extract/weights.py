@@ -49,9 +49,9 @@ def find(row: BackboneRow, path: str | Path | None = None) -> Path:
     raise WeightsError(
         f"the weights of {row.name} are not on this machine",
         why=f"no '{row.file}' in " + (f"${WEIGHTS_FOLDER} ({folder})" if folder else f"${WEIGHTS_FOLDER} (not set)"),
-        fix=(f"get {row.url} and put '{row.file}' " if row.url else f"put '{row.file}' ")
-        + (f"into {folder}" if folder else f"into a folder that ${WEIGHTS_FOLDER} names")
-        + ", or give the path of the file",
+        fix=(f"download {row.url}, save it as '{row.file}' " if row.url else f"put '{row.file}' ")
+        + (f"in {folder}" if folder else f"in a folder that ${WEIGHTS_FOLDER} names")
+        + ", or give the path of the file with --weights",
     )
 
 

@@ -157,7 +157,7 @@ for _weights, (_tag, _pretraining, _sizes) in _VIT_WEIGHTS.items():
                 mean=HALF,
                 std=HALF,
                 file=f"{_timm_id}.safetensors",
-                url=f"https://huggingface.co/timm/{_timm_id}",
+                url=f"https://huggingface.co/timm/{_timm_id}/resolve/main/model.safetensors",
                 licence="Apache-2.0",
                 published_size=_VIT_PUBLISHED[_size],
             ),
