@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from vlmx.errors import VlmxError
 
 LINE_EVERY_S = 15.0
+_NUMBERS = re.compile(r"[\d.,+\-x\[\] ]*")
 
 
 def note(message: str) -> None:
@@ -30,14 +32,15 @@ def show_error(error: VlmxError) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
-    """Print a table on stdout; the first column is left-aligned, the others right-aligned."""
+    """Print a table on stdout; columns of numbers are right-aligned."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        numbers = all(_NUMBERS.fullmatch(row[index]) for row in rows)
+        grid.add_column(column, justify="right" if numbers else "left", no_wrap=index == 0)
     for row in rows:
         grid.add_row(*map(escape, row))
     Console(width=None if sys.stdout.isatty() else 160).print(grid)

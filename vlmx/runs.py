@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -52,8 +53,6 @@ def sync_folder(folder: Path) -> None:
 
 def space_error(error: OSError, path: Path) -> Exception:
     """The OutOfSpaceError for a full disk, or `error` itself when it is something else."""
-    import errno
-
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutOfSpaceError(
             f"no space left while writing {path}",

@@ -58,7 +58,7 @@ def _list_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     ctx.exit()
 
 
-@click.command("train", epilog=EPILOG, short_help="train a connector and an LLM on a cache")
+@click.command("train", epilog=EPILOG, short_help="Train a connector and a language model on a cache.")
 @click.option("--cache", metavar="NAME", shell_complete=complete_caches, help="Cache: name, prefix of it, or path.")
 @click.option("--caches", metavar="FOLDER", default="caches", show_default=True, help="Folder of all caches.")
 @click.option("--connector", metavar="NAME", shell_complete=_complete_connector, help="linear, mlp2, mlp3.")
