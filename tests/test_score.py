@@ -1,6 +1,7 @@
 """Is a score a pure function of answers and annotations, with honest counts, frames and intervals?"""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from vlmx.errors import RunError, UsageError
 from vlmx.evaluate.answers import Answer, AnswerFile, Header, answers_path
 from vlmx.evaluate.compare import compare, order
 from vlmx.evaluate.intervals import interval95
-from vlmx.evaluate.score import Grade, grade, grade_answers, score_from_dict, score_grades, score_run
+from vlmx.evaluate.score import Grade, grade, grade_answers, score_grades, score_run
 from vlmx.runs import RunFolder
 
 SQUARE = Geometry(mode="letterbox", height=64, width=64, fill=(0, 0, 0))
@@ -96,7 +97,7 @@ def test_score_run_writes_what_it_returns_and_can_be_given_again(tmp_path: Path)
     (score,) = score_run(run)
     path = tmp_path / "run/eval/mini-read/scores.json"
     first = path.read_bytes()
-    assert score_from_dict(json.loads(first)) == score
+    assert json.loads(first) == json.loads(json.dumps(asdict(score)))
     assert score.score <= score.baselines["prior"] < 30
     assert score.encoder == "c (untrained)"
     score_run(run)

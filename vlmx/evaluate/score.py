@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 from vlmx.cache_specs.geometry import Geometry, convert_box
 from vlmx.data.records import Box, Question
@@ -218,8 +218,3 @@ def score_run(run: RunFolder, *, box_rule: BoxRule = "exact") -> list[Score]:
     if not scores:
         raise RunError(f"run '{run.name}' has no answers to score", fix=f"give `vlmx eval --run {run.path}` first")
     return scores
-
-
-def score_from_dict(data: dict[str, Any]) -> Score:
-    """Read back what `score_run` wrote."""
-    return Score(**{**data, "interval95": tuple(data["interval95"])})
