@@ -114,3 +114,28 @@ def test_all_problems_of_a_geometry_are_named_at_once() -> None:
     assert "mode is 'crop'" in caught.value.why
     assert "0 x 224" in caught.value.why
     assert "(0, 0, 256)" in caught.value.why
+
+
+def test_the_references_crop() -> None:
+    """CLIP-B at 224: pad to a square, resize to floor(224 / 0.9) = 248, keep the middle 224."""
+    geometry = Geometry(mode="letterbox", height=224, width=224, fill=(0, 0, 0), crop_pct=0.9)
+    place = geometry.place((640, 480))
+    assert (place.padded_wh, place.resized_wh) == ((640, 640), (248, 248))
+    assert (place.crop_left, place.crop_top) == (12, 12)
+    assert place.scale_x == place.scale_y == 248 / 640
+    # the whole photo does not fit: its left edge lies 12 pixels outside
+    assert convert_box((0, 0, 640, 480), geometry, (640, 480), "source", "padded") == (-12, 19, 236, 205)
+    box = (10.0, 20.0, 200.0, 300.0)
+    for frame in ("source_unit", "padded", "padded_unit"):
+        there = convert_box(box, geometry, (640, 480), "source", frame)
+        assert convert_box(there, geometry, (640, 480), frame, "source") == pytest.approx(box)
+
+
+def test_a_crop_is_written_only_where_there_is_one() -> None:
+    plain = Geometry(mode="letterbox", height=224, width=224, fill=(0, 0, 0))
+    cropped = Geometry(mode="letterbox", height=224, width=224, fill=(0, 0, 0), crop_pct=0.95)
+    assert "crop_pct" not in plain.to_dict()
+    assert cropped.to_dict()["crop_pct"] == 0.95
+    assert cropped.place((100, 100)).resized_wh == (235, 235)
+    with pytest.raises(CacheError, match=r"crop_pct is 1\.5"):
+        Geometry(mode="letterbox", height=224, width=224, fill=(0, 0, 0), crop_pct=1.5)

@@ -99,3 +99,10 @@ def test_damaged_files_have_a_reason() -> None:
 def test_too_elongated_image_is_refused_instead_of_filling_the_memory() -> None:
     with pytest.raises(UndecodableImage, match="elongated"):
         place(Image.new("RGB", (30_000, 1)), letterbox(64, 64))
+
+
+def test_the_crop_keeps_the_middle_of_the_resized_photo() -> None:
+    photo = Image.effect_noise((124, 124), 80).convert("RGB")
+    geometry = Geometry(mode="letterbox", height=56, width=56, fill=(0, 0, 0), crop_pct=0.9)  # 56 / 0.9 = 62.2
+    expected = photo.resize((62, 62), Image.Resampling.BICUBIC).crop((3, 3, 59, 59))
+    assert place(photo, geometry).tobytes() == expected.tobytes()

@@ -10,13 +10,15 @@ Frames of a box (x1, y1, x2, y2), x to the right, y down, pixel coordinates cont
 Letterbox follows the rule of Prismatic's `letterbox-pad`: the photo is padded at its native size with a constant
 colour, half of it on each side, and only then resized bicubically. Three things differ on purpose: the target may be
 other than square, an odd padding is completed on the right or at the bottom instead of being one pixel short, and
-nothing is ever cropped.
+nothing is cropped unless `crop_pct` says so. With it, the padded photo is resized to 1 / `crop_pct` of the target and
+its centre is cut out, as that code does for encoders whose timm id has neither "siglip" nor "in1k" in it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vlmx.errors import CacheError
 
@@ -29,11 +31,13 @@ MODES: tuple[Mode, ...] = ("letterbox", "stretch")
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What is done to one photo: pad by (left, top, right, bottom) source pixels to `padded_wh`, resize to the target.
+    """What is done to one photo: pad by (left, top, right, bottom) source pixels, resize, cut the target out.
 
     Attributes:
         pad_left, pad_top, pad_right, pad_bottom: source pixels of fill colour added on each side.
         padded_wh: width and height after padding, before resizing.
+        resized_wh: width and height after resizing; the target's, unless a border is cropped.
+        crop_left, crop_top: pixels of the resized image before the target.
         scale_x, scale_y: target pixels a source pixel; they differ slightly where padding had to be rounded.
     """
 
@@ -42,6 +46,9 @@ class Placement:
     pad_right: int
     pad_bottom: int
     padded_wh: tuple[int, int]
+    resized_wh: tuple[int, int]
+    crop_left: int
+    crop_top: int
     scale_x: float
     scale_y: float
 
@@ -55,6 +62,7 @@ class Geometry:
         height, width: the encoder's input in pixels.
         fill: colour of the padding, 0..255.
         resampling: the filter of the resize.
+        crop_pct: share of the resized photo's sides that is kept, from its centre; 1 keeps everything.
     """
 
     mode: Mode
@@ -62,6 +70,7 @@ class Geometry:
     width: int
     fill: tuple[int, int, int]
     resampling: Literal["bicubic"] = "bicubic"
+    crop_pct: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fill", tuple(self.fill))
@@ -74,18 +83,21 @@ class Geometry:
             problems.append(f"fill is {self.fill!r}, not three integers 0..255")
         if self.resampling != "bicubic":
             problems.append(f"resampling is {self.resampling!r}, not bicubic")
+        if not 0.5 <= self.crop_pct <= 1:
+            problems.append(f"crop_pct is {self.crop_pct!r}, not within 0.5..1")
         if problems:
             raise CacheError("this geometry is not valid", why="; ".join(problems))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
+        """Plain data for JSON; `crop_pct` is in it only where something is cropped, as in files that know no crop."""
+        plain = {
             "mode": self.mode,
             "height": self.height,
             "width": self.width,
             "fill": list(self.fill),
             "resampling": self.resampling,
         }
+        return plain if self.crop_pct == 1 else {**plain, "crop_pct": self.crop_pct}
 
     def place(self, source_wh: tuple[int, int]) -> Placement:
         """Where a photo of `source_wh` (width, height in pixels) goes."""
@@ -99,14 +111,18 @@ class Geometry:
                 padded_w = _round_ratio(source_h * self.width, self.height)
         pad_left = (padded_w - source_w) // 2
         pad_top = (padded_h - source_h) // 2
+        resized_w, resized_h = (math.floor(side / self.crop_pct) for side in (self.width, self.height))
         return Placement(
             pad_left=pad_left,
             pad_top=pad_top,
             pad_right=padded_w - source_w - pad_left,
             pad_bottom=padded_h - source_h - pad_top,
             padded_wh=(padded_w, padded_h),
-            scale_x=self.width / padded_w,
-            scale_y=self.height / padded_h,
+            resized_wh=(resized_w, resized_h),
+            crop_left=round((resized_w - self.width) / 2),
+            crop_top=round((resized_h - self.height) / 2),
+            scale_x=resized_w / padded_w,
+            scale_y=resized_h / padded_h,
         )
 
 
@@ -128,28 +144,34 @@ def convert_box(box: Box, geometry: Geometry, source_wh: tuple[int, int], from_f
     if from_frame == to_frame:
         return box
     placement = geometry.place(source_wh)
-    x_axis = (source_wh[0], placement.pad_left, placement.scale_x, geometry.width)
-    y_axis = (source_wh[1], placement.pad_top, placement.scale_y, geometry.height)
-    x1, x2 = (_from_source(_to_source(x, from_frame, *x_axis), to_frame, *x_axis) for x in (box[0], box[2]))
-    y1, y2 = (_from_source(_to_source(y, from_frame, *y_axis), to_frame, *y_axis) for y in (box[1], box[3]))
+    x_axis = _Axis(source_wh[0], placement.pad_left, placement.scale_x, placement.crop_left, geometry.width)
+    y_axis = _Axis(source_wh[1], placement.pad_top, placement.scale_y, placement.crop_top, geometry.height)
+    x1, x2 = (x_axis.from_source(x_axis.to_source(x, from_frame), to_frame) for x in (box[0], box[2]))
+    y1, y2 = (y_axis.from_source(y_axis.to_source(y, from_frame), to_frame) for y in (box[1], box[3]))
     return (x1, y1, x2, y2)
 
 
-def _to_source(value: float, frame: Frame, source_side: int, pad: int, scale: float, target_side: int) -> float:
-    if frame == "source":
-        return value
-    if frame == "source_unit":
-        return value * source_side
-    if frame == "padded":
-        return value / scale - pad
-    return value * target_side / scale - pad
+class _Axis(NamedTuple):
+    """One direction: source pixel x lands at (x + pad) * scale - crop."""
 
+    source_side: int
+    pad: int
+    scale: float
+    crop: int
+    target_side: int
 
-def _from_source(value: float, frame: Frame, source_side: int, pad: int, scale: float, target_side: int) -> float:
-    if frame == "source":
-        return value
-    if frame == "source_unit":
-        return value / source_side
-    if frame == "padded":
-        return (value + pad) * scale
-    return (value + pad) * scale / target_side
+    def to_source(self, value: float, frame: Frame) -> float:
+        if frame == "source":
+            return value
+        if frame == "source_unit":
+            return value * self.source_side
+        in_target = value if frame == "padded" else value * self.target_side
+        return (in_target + self.crop) / self.scale - self.pad
+
+    def from_source(self, value: float, frame: Frame) -> float:
+        if frame == "source":
+            return value
+        if frame == "source_unit":
+            return value / self.source_side
+        in_target = (value + self.pad) * self.scale - self.crop
+        return in_target if frame == "padded" else in_target / self.target_side

@@ -23,7 +23,7 @@ SPEC_VERSION = 1
 # numpy's name of what is stored; bfloat16 has none in numpy and in zarr-python, so its bits are stored as uint16
 STORAGE_DTYPES: dict[DType, str] = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
 
-_BACKBONE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_BACKBONE = re.compile(r"(timm:)?[A-Za-z0-9][A-Za-z0-9._+-]*")
 _WEIGHTS = re.compile(r"[0-9a-f]{64}|random:[0-9]+")
 
 
@@ -129,7 +129,7 @@ class CacheSpec:
         geometry = data.get("geometry")
         problems = _key_problems("", data, cls)
         if isinstance(geometry, Mapping):
-            problems += _key_problems("geometry.", geometry, Geometry)
+            problems += _key_problems("geometry.", {"crop_pct": 1.0, **geometry}, Geometry)
         elif "geometry" in data:
             problems.append("geometry is not a mapping")
         if problems:
@@ -156,8 +156,8 @@ class CacheSpec:
 
     @property
     def name(self) -> str:
-        """The cache's folder name: backbone@HxW-<first 12 hex digits of the fingerprint>."""
-        return f"{self.backbone}@{self.resolution}-{self.fingerprint[:12]}"
+        """The cache's folder name: backbone@HxW-<first 12 digits of the fingerprint>; ":" in the backbone is "-"."""
+        return f"{self.backbone.replace(':', '-')}@{self.resolution}-{self.fingerprint[:12]}"
 
     @property
     def storage_dtype(self) -> str:
@@ -171,7 +171,10 @@ class CacheSpec:
 
     def differences(self, other: CacheSpec) -> list[str]:
         """One line for each field in which the two differ: "dtype: float16, not bfloat16" (self first)."""
-        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        mine, theirs = (
+            _flat({**spec.to_dict(), "geometry": {**spec.geometry.to_dict(), "crop_pct": spec.geometry.crop_pct}})
+            for spec in (self, other)
+        )
         return [f"{key}: {mine[key]}, not {theirs[key]}" for key in mine if mine[key] != theirs[key]]
 
 

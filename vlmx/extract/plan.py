@@ -70,13 +70,16 @@ def spec_of(backbone: Backbone, dtype: DType) -> CacheSpec:
     """The identity of the cache that `backbone` fills: letterbox, padded with its mean colour, int(255 * mean)."""
     height, width = backbone.res
     red, green, blue = (int(255 * level) for level in backbone.mean)
+    geometry = Geometry(
+        mode="letterbox", height=height, width=width, fill=(red, green, blue), crop_pct=backbone.crop_pct
+    )
     return CacheSpec(
         backbone=backbone.name,
         weights_sha256=backbone.weights_sha256,
         forward_version=backbone.forward_version,
         feature=backbone.feature,
         out_norm=backbone.out_norm,
-        geometry=Geometry(mode="letterbox", height=height, width=width, fill=(red, green, blue)),
+        geometry=geometry,
         mean=backbone.mean,
         std=backbone.std,
         dtype=dtype,

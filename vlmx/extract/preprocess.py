@@ -74,7 +74,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def place(image: Image.Image, geometry: Geometry) -> Image.Image:
-    """Pad at native size and resize to (width, height) of `geometry`, as `Geometry.place` says.
+    """Pad at native size, resize, and cut (width, height) of `geometry` out, as `Geometry.place` says.
 
     Raises:
         UndecodableImage: the image is so elongated that its padded canvas would have more pixels than Pillow decodes.
@@ -87,9 +87,12 @@ def place(image: Image.Image, geometry: Geometry) -> Image.Image:
         canvas = Image.new("RGB", canvas_wh, geometry.fill)
         canvas.paste(image, (placement.pad_left, placement.pad_top))
         image = canvas
+    if image.size != placement.resized_wh:
+        image = image.resize(placement.resized_wh, RESAMPLING[geometry.resampling])
     if image.size == (geometry.width, geometry.height):
         return image
-    return image.resize((geometry.width, geometry.height), RESAMPLING[geometry.resampling])
+    left, top = placement.crop_left, placement.crop_top
+    return image.crop((left, top, left + geometry.width, top + geometry.height))
 
 
 def normalise(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
