@@ -10,13 +10,31 @@ import pytest
 from vlmx.errors import UnknownNameError
 from vlmx.extract.backbones.catalogue import row, rows
 
-VIT = [f"vit-{s}-{w}" for w, sizes in {"in21k": "tsbl", "in21k-in1k": "tsbl", "in1k": "sb"}.items() for s in sizes]
-VMAMBA = [f"vmamba-{size}-{weights}" for size in "tsb" for weights in ("in1k", "coco", "ade20k")]
-MINI = [f"{family}-mini-scenes" for family in ("vit", "maxvit", "mambavision", "vmamba")]
+NAMES = """
+vmamba-{t,s,b}-{in1k,coco,ade20k} vim-{t,t-ft,s,s-ft,b}-in1k
+mambavision-{t,t2,s,b,l,l2}-in1k mambavision-{b,l}-in21k mambavision-l2-in21k-512 mambavision-l3-in21k-{256,512}
+vit-{t,s,b,l}-in21k vit-{t,s,b,l}-in21k-in1k vit-{s,b}-in1k
+maxvit-{t,s,b,l}-in1k-{224,384,512} maxvit-{b,l,xl}-in21k-224 maxvit-{b,l,xl}-in21k-in1k-{384,512}
+clip-b clip-l clip-l-336 siglip-b16-{224,256,384} siglip-so400m-{224,384} dinov2-l vitdet-{b,l,h}-coco
+adapter-{deit-s,deit-b,augreg-t,augreg-b,augreg-l,uniperceiver-l}-ade20k
+adapter-{beit-l-640,beit-l-640-m2f,beit-l-896,beitv2-l-896}-ade20k
+{vit,maxvit,mambavision,vmamba}-mini-scenes
+"""
 
 
-def test_the_promised_backbones_exist() -> None:
-    assert set(VIT + VMAMBA + MINI) <= {r.name for r in rows()}
+def expanded(pattern: str) -> list[str]:
+    """Shell braces: "a-{b,c}" -> a-b, a-c."""
+    before, brace, rest = pattern.partition("{")
+    if not brace:
+        return [pattern]
+    choices, _, after = rest.partition("}")
+    return [name for choice in choices.split(",") for name in expanded(before + choice + after)]
+
+
+def test_exactly_the_promised_backbones_exist() -> None:
+    promised = [name for pattern in NAMES.split() for name in expanded(pattern)]
+    assert len(promised) == len(set(promised)) == 82
+    assert {r.name for r in rows()} == set(promised)
 
 
 def test_columns_agree() -> None:
@@ -26,32 +44,50 @@ def test_columns_agree() -> None:
         assert importlib.util.find_spec(r.builder.partition(":")[0]) is not None, r.name
         assert bool(r.url) != bool(r.packaged), f"{r.name} is either published somewhere or shipped"
         assert all(0 < s < 1 for s in (*r.mean, *r.std))
-        if r.family == "vmamba":
+        assert r.licence
+        assert bool(r.published_size) == bool(r.url)
+        if not r.url.endswith("/model.safetensors"):  # a name that says nothing outside its repository
             assert r.url.endswith(f"/{r.file}") or r.packaged.endswith(f"/{r.file}")
-            assert r.dim == r.arch["dims"][r.arch["tap"]]
-            assert r.stride == 2 ** (r.arch["tap"] + 2)
+        r.check_size(r.native_res)
+        assert 0.9 <= r.crop_pct <= 1
+    assert len({r.file for r in rows()}) == len(rows())
 
 
-def test_published_vmamba_files() -> None:
-    releases = "https://github.com/MzeroMiko/VMamba/releases/download/"
-    assert row("vmamba-t-in1k").url == f"{releases}%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"
-    assert row("vmamba-b-coco").url == f"{releases}%23v2det/mask_rcnn_vssm_fpn_coco_base_epoch_11.pth"
+def test_published_files() -> None:
+    vmamba = "https://github.com/MzeroMiko/VMamba/releases/download/"
+    assert row("vmamba-t-in1k").url == f"{vmamba}%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"
+    assert row("vmamba-b-coco").url == f"{vmamba}%23v2det/mask_rcnn_vssm_fpn_coco_base_epoch_11.pth"
     assert row("vmamba-t-ade20k").file == "upernet_vssm_4xb4-160k_ade20k-512x512_tiny_s_iter_160000.pth"
     assert [row(f"vmamba-{s}-in1k").arch["depths"] for s in "tsb"] == [(2, 2, 8, 2), (2, 2, 15, 2), (2, 2, 15, 2)]
+    hub = "https://huggingface.co/"
+    assert row("vim-s-ft-in1k").url == f"{hub}hustvl/Vim-small-midclstok/resolve/main/vim_s_midclstok_ft_81p6acc.pth"
+    l2 = "nvidia/MambaVision-L2-512-21K/resolve/main/mambavision_L2_21k_240m_512.pth.tar"
+    assert row("mambavision-l2-in21k-512").url == f"{hub}{l2}"
+    clip = "timm/vit_large_patch14_clip_336.openai/resolve/main/model.safetensors"
+    assert row("clip-l-336").url == f"{hub}{clip}"
+    assert row("siglip-b16-256").file == "vit_base_patch16_siglip_256.webli.safetensors"
+    assert row("vitdet-h-coco").url == (
+        "https://dl.fbaipublicfiles.com/detectron2/ViTDet/COCO/mask_rcnn_vitdet_h/f329145471/model_final_7224f1.pkl"
+    )
+    assert row("adapter-beitv2-l-896-ade20k").url == (
+        "https://github.com/czczup/ViT-Adapter/releases/download/"
+        "v0.3.1/mask2former_beitv2_adapter_large_896_80k_ade20k.zip"
+    )
 
 
-def test_native_sizes_give_the_token_counts_of_the_paper() -> None:
-    def tokens(name: str) -> int:
-        r = row(name)
-        return (r.native_res[0] // r.stride) * (r.native_res[1] // r.stride)
-
-    counts = {name: tokens(name) for name in ("vmamba-s-in1k", "vmamba-s-ade20k", "vmamba-s-coco", "vit-b-in1k", *MINI)}
-    assert counts == {
-        "vmamba-s-in1k": 196,
-        "vmamba-s-ade20k": 1024,
-        "vmamba-s-coco": 4150,
-        "vit-b-in1k": 196,
-        **dict.fromkeys(MINI, 64),
+def test_normalisation_and_crops_differ_within_a_family() -> None:
+    half, imagenet = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
+    assert {name: row(name).mean for name in ("maxvit-t-in1k-224", "maxvit-t-in1k-384", "maxvit-b-in21k-224")} == {
+        "maxvit-t-in1k-224": imagenet,
+        "maxvit-t-in1k-384": half,
+        "maxvit-b-in21k-224": half,
+    }
+    assert row("adapter-augreg-t-ade20k").mean == imagenet  # the only AugReg trunk with ImageNet's
+    assert row("adapter-augreg-b-ade20k").mean == row("adapter-augreg-l-ade20k").mean == half
+    assert {r.name: r.crop_pct for r in rows() if r.crop_pct != 1} == {
+        "clip-b": 0.9,
+        **{f"vit-{size}-in21k": 0.9 for size in "tsbl"},
+        **{f"maxvit-{size}-in21k-224": 0.95 for size in ("b", "l", "xl")},
     }
 
 

@@ -21,9 +21,10 @@ from PIL import Image, ImageDraw
 
 from vlmx import cli
 from vlmx.cache_specs.ids import ImageTable, image_id
+from vlmx.cache_specs.reader import open_cache
 from vlmx.cache_specs.spec import TokenShape
 from vlmx.cache_specs.writer import CacheWriter
-from vlmx.errors import DataError, OutOfSpaceError, UsageError, VlmxError
+from vlmx.errors import CacheError, DataError, OutOfSpaceError, UsageError, VlmxError
 from vlmx.extract.backbones.base import Backbone, build_backbone
 from vlmx.extract.images import ImageRecord, ImageSource, open_source
 from vlmx.extract.plan import SourceImage, plan_extraction, spec_of
@@ -241,13 +242,49 @@ def test_wrong_commands_say_what_to_type(tmp_path: Path, capsys: pytest.CaptureF
     assert "did you mean 'vit-mini-scenes'" in capsys.readouterr().err
     assert vlmx("extract", *VIT, *common, "--res", "64*64") == 2
     assert "--res takes 512, or HEIGHTxWIDTH" in capsys.readouterr().err
-    assert vlmx("extract", *VIT, *common, "--res", "65") == 2
-    assert "65" in capsys.readouterr().err
+    assert vlmx("extract", *VIT, *common, "--res", "7x65") == 2
+    assert "cannot take images of 7x65 pixels" in capsys.readouterr().err
+    assert vlmx("extract", *common) == 2
+    assert "neither --backbone nor --row is given" in capsys.readouterr().err
+    assert vlmx("extract", *VIT, *common, "--row", "clip-b@224/mlp2") == 2
+    assert "--row stands for a backbone and its size" in capsys.readouterr().err
+    assert vlmx("extract", *common, "--row", "clip-b@512/mlp2") == 2
+    assert "clip-b@224/mlp2" in capsys.readouterr().err
+    assert vlmx("extract", *VIT, *common, "--crop") == 2
+    assert "the reference does not crop the images of vit-mini-scenes" in capsys.readouterr().err
+    assert vlmx("extract", "--row", "dinov2-l+clip-l-336@336/mlp2", *common, "--weights", "some.pth") == 2
+    assert "--weights cannot be the weights of 2 encoders" in capsys.readouterr().err
     assert vlmx("extract", *VIT, *common, "--out-norm", "none") == 2
     assert "no option 'out_norm'" in capsys.readouterr().err
     assert vlmx("extract", "--backbone", "vmamba-t-in1k", *common, "--weights", tmp_path / "gone.pth") == 4
     assert "gone.pth" in capsys.readouterr().err
     assert not (tmp_path / "caches").exists()
+
+
+def test_a_row_with_options_and_the_command_that_adds_to_its_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_photo(tmp_path / "photos" / "0.png", 0)
+    given = ["--row", "vit-t-in21k@224/mlp2", "--weights", "random:0", "--crop", "--block", "3"]
+    cli.main(["extract", *given, "--data", str(tmp_path / "photos"), "--out", str(tmp_path / "caches")])
+    reader = open_cache(capsys.readouterr().out.strip(), tmp_path / "caches")
+    assert (reader.spec.backbone, reader.spec.resolution) == ("vit-t-in21k", "224x224")
+    assert (reader.spec.feature, reader.spec.geometry.crop_pct) == ("blocks.3", 0.9)
+    plain = spec_of(build_backbone("vit-t-in21k", res=(224, 224), weights="random:0"), "float16")
+    assert set(reader.spec.differences(plain)) == {
+        "feature: blocks.3, not blocks.10",
+        "geometry.crop_pct: 0.9, not 1.0",
+    }
+    with pytest.raises(CacheError) as caught:
+        reader.require(["0" * 64])
+    assert "--backbone vit-t-in21k --res 224x224 --weights random:0 --block 3 --crop" in caught.value.fix
+
+
+def test_pixels_that_no_patch_covers_are_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_photo(tmp_path / "photos" / "0.png", 0)
+    cache, printed = run_extract(tmp_path / "caches", tmp_path / "photos", capsys, "--res", "64x71")
+    assert "sees whole patches only: 0 rows and 7 columns of pixels are left out" in printed
+    assert open_cache(cache).shape.grid == (8, 8)
 
 
 def one_image(load: Iterator[bytes]) -> ImageSource:

@@ -1,87 +1,17 @@
 """Does VMamba give the reference's numbers, accept every form of its checkpoints, and refuse all others by name?"""
 
-import json
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from golden_fill import assert_close_to_golden, fill_ssm, ssm_image, ssm_subsample
 from torch import Tensor, nn
 
 from vlmx.errors import UnknownNameError, UsageError, WeightsError
 from vlmx.extract.backbones.base import Backbone, build_backbone
 from vlmx.extract.backbones.catalogue import row
-from vlmx.extract.backbones.vmamba import SS2D, VMambaClassifier, VMambaNet, VSSBlock
+from vlmx.extract.backbones.vmamba import VMambaClassifier, VMambaNet
 
 MINI: dict[str, Any] = {"depths": (1, 3, 1), "dims": (32, 96, 128), "ssm_ratio": 1.0}
-
-
-def manifest(shared: Path, name: str) -> list[list[Any]]:
-    entries: list[list[Any]] = json.loads((shared / f"golden/ssm/{name}.json").read_text())
-    return entries
-
-
-def test_fill_rule(shared: Path) -> None:
-    checks = json.loads((shared / "golden/ssm/fill_check.json").read_text())
-    for entry in checks["entries"]:
-        if ":" in entry["name"]:  # an input, not a parameter
-            continue
-        filled = fill_ssm([[entry["name"], entry["shape"], "float32"]])[entry["name"]].numpy()
-        np.testing.assert_allclose(filled.flatten()[:4], entry["first"], rtol=1e-7)
-        assert float(filled.astype(np.float64).sum()) == pytest.approx(entry["sum"])
-
-
-@pytest.mark.parametrize(
-    ("unit", "make"),
-    [
-        ("ss2d_d16_r1", lambda: SS2D(16, 1.0)),
-        ("ss2d_d16_r2", lambda: SS2D(16, 2.0)),
-        ("vssblock_d16", lambda: VSSBlock(16, 1.0)),
-    ],
-)
-def test_golden_units(shared: Path, unit: str, make: Any) -> None:
-    module: nn.Module = make()
-    module.load_state_dict(fill_ssm(manifest(shared, f"units/{unit}.manifest")))
-    with np.load(shared / f"golden/ssm/units/{unit}.npz") as data, torch.no_grad():
-        y = module(torch.from_numpy(data["x"]).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        assert_close_to_golden(y.numpy(), data["y"], std=data["y"].std())
-
-
-@pytest.mark.parametrize(
-    ("name", "case", "kind"),
-    [
-        ("vmamba-t-in1k", "T_cls_224x224", "T_cls"),
-        ("vmamba-t-coco", "T_det_192x320", "T_det"),
-        ("vmamba-t-ade20k", "T_det_224x333", "T_det"),
-        pytest.param("vmamba-t-in1k", "T_cls_512x512", "T_cls", marks=pytest.mark.slow),
-        pytest.param("vmamba-s-in1k", "S_cls_224x224", "S_cls", marks=pytest.mark.slow),
-        pytest.param("vmamba-s-coco", "S_det_192x320", "S_det", marks=pytest.mark.slow),
-        pytest.param("vmamba-b-coco", "B_det_192x320", "B_det", marks=pytest.mark.slow),
-    ],
-)
-def test_golden_tokens(shared: Path, name: str, case: str, kind: str) -> None:
-    info = json.loads((shared / f"golden/ssm/vmamba/vmamba_{case}.json").read_text())
-    height, width = info["image"][2:]
-    backbone = build_backbone(name, res=(height, width), weights=fill_ssm(manifest(shared, f"manifests/vmamba_{kind}")))
-    tokens_BND = backbone(ssm_image(height, width))
-    stage3 = info["outputs"][info["main"]]
-    assert (1, backbone.dim, *backbone.grid) == tuple(stage3["shape"])
-    assert backbone.out_norm == ("trained" if "det" in case else "none")
-    with np.load(shared / f"golden/ssm/vmamba/vmamba_{case}.npz") as data:
-        found = ssm_subsample(tokens_BND.transpose(1, 2).contiguous())
-        assert_close_to_golden(found, data[info["main"]], std=stage3["std"])
-
-
-@pytest.mark.slow
-def test_golden_logits(shared: Path) -> None:
-    arch = {key: row("vmamba-t-in1k").arch[key] for key in ("depths", "dims", "ssm_ratio")}
-    network = VMambaClassifier(**arch, num_classes=1000).eval()
-    network.load_state_dict(fill_ssm(manifest(shared, "manifests/vmamba_T_cls")))
-    with np.load(shared / "golden/ssm/vmamba/vmamba_T_cls_224x224.npz") as data, torch.no_grad():
-        logits = network(ssm_image(224, 224)).flatten().numpy()
-        assert_close_to_golden(logits, data["logits"].flatten(), std=data["logits"].std())
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("t", 14_374_272), ("s", 31_276_224), ("b", 55_400_704)])
@@ -223,7 +153,7 @@ def test_options_that_cannot_be_are_refused() -> None:
         mini("random:0", out_norm="layer")
     with pytest.raises(UsageError, match="has no trained out-norm"):
         build_backbone("vmamba-t-in1k", res=(224, 224), out_norm="trained")
-    with pytest.raises(UsageError, match=r"cannot take images of 64x7 pixels; .*at least 8"):
+    with pytest.raises(UsageError, match=r"cannot take images of 64x7 pixels; .*use any from 8x8"):
         mini("random:0", res=(64, 7))
     with pytest.raises(UnknownNameError, match="vmamba-t-in1k"):
         build_backbone("vmamba-t-in1", res=(224, 224))

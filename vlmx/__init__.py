@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "build_backbone": "vlmx.extract.backbones.base",
+    "FamilyNet": "vlmx.extract.backbones.base",
+    "BackboneRow": "vlmx.extract.backbones.row",
     "open_cache": "vlmx.cache_specs.reader",
     "CacheSpec": "vlmx.cache_specs.spec",
     "build_connector": "vlmx.models.connectors",

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.shell_completion import CompletionItem
 
+from vlmx.cache_specs.presets import preset, presets
 from vlmx.cache_specs.spec import DType
 from vlmx.console import format_bytes, note, warn
 from vlmx.errors import UsageError
 from vlmx.extract.backbones import catalogue
 
 if TYPE_CHECKING:
+    from vlmx.extract.backbones.row import BackboneRow
     from vlmx.extract.runner import ExtractSummary
 
 EPILOG = """\b
@@ -28,6 +30,8 @@ Worked examples:
       every image that a LLaVA-style JSON names, once each
   vlmx extract --backbone vmamba-s-coco --res 800x1328 --data 'shards/{000..015}.tar' --name photos --dtype bfloat16
       webdataset tars, 800 pixels high and 1328 wide
+  vlmx extract --row dinov2-l+siglip-so400m-384@384/mlp3 --data llava_v1_5_mix665k.json --image-root images/
+      what a row of the paper needs: here two caches, which training joins (vlmx list rows)
 
 \b
 Stopped or killed, the same command goes on where it was. Images that the cache has already are not encoded again.
@@ -43,6 +47,11 @@ def complete_backbone(ctx: click.Context, param: click.Parameter, incomplete: st
     return [
         CompletionItem(row.name, help=row.pretraining) for row in catalogue.rows() if row.name.startswith(incomplete)
     ]
+
+
+def complete_row(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of published rows for the shell."""
+    return [CompletionItem(row.name) for row in presets() if row.name.startswith(incomplete)]
 
 
 def parse_res(text: str) -> tuple[int, int]:
@@ -61,10 +70,16 @@ def parse_res(text: str) -> tuple[int, int]:
 @click.option(
     "--backbone",
     "name",
-    required=True,
     metavar="NAME",
     shell_complete=complete_backbone,
-    help="The encoder, e.g. vmamba-s-coco (vlmx list backbones).",
+    help="The encoder, e.g. vmamba-s-coco (vlmx list backbones), or timm:ID.TAG for any other model of timm.",
+)
+@click.option(
+    "--row",
+    "row_name",
+    metavar="ROW",
+    shell_complete=complete_row,
+    help="A row of the paper (vlmx list rows) in place of --backbone and --res.",
 )
 @click.option("--res", metavar="RES", help="Input size in pixels: 512, or HEIGHTxWIDTH. Default: the backbone's own.")
 @click.option(
@@ -121,10 +136,19 @@ def parse_res(text: str) -> tuple[int, int]:
 @click.option(
     "--out-norm",
     metavar="CHOICE",
-    help="Normalisation of the tokens, for backbones that have it: trained, identity-affine, none.",
+    help="Normalisation of the tokens, for VMamba: trained, identity-affine, none.",
 )
+@click.option(
+    "--block",
+    type=int,
+    metavar="N",
+    help="Block whose output is taken, for ViT, CLIP, SigLIP, DINOv2 and timm. Default: -2, the second to last.",
+)
+@click.option("--feature", metavar="CHOICE", help="Map that is taken, for ViTDet: last_feat, p4. Default: last_feat.")
+@click.option("--crop", is_flag=True, help="Crop the letterboxed photo's border where the reference's code does.")
 def extract(
-    name: str,
+    name: str | None,
+    row_name: str | None,
     res: str | None,
     data: str,
     image_root: Path | None,
@@ -136,13 +160,21 @@ def extract(
     batch_size: int,
     threads: int,
     out_norm: str | None,
+    block: int | None,
+    feature: str | None,
+    crop: bool,
 ) -> None:
     """Run a frozen encoder once over all images and store its visual tokens.
 
     Prints the name of the cache on stdout; `vlmx train --cache NAME` takes it.
     """
-    row = catalogue.row(name)
-    size = parse_res(res) if res else row.native_res
+    encoders = chosen_encoders(name, row_name, res)
+    if weights is not None and len(encoders) > 1 and not weights.startswith("random:"):
+        raise UsageError(
+            f"--weights cannot be the weights of {len(encoders)} encoders",
+            why=f"the row has {' and '.join(row.name for row, _ in encoders)}",
+            fix="extract them one after the other with --backbone",
+        )
 
     from vlmx.extract.images import open_source
 
@@ -156,12 +188,42 @@ def extract(
     from vlmx.extract.runner import extract as run
 
     torch.backends.cudnn.allow_tf32 = False  # --dtype's help promises float32
-    options: dict[str, Any] = {} if out_norm is None else {"out_norm": out_norm}
+    given = {"out_norm": out_norm, "block": block, "feature": feature}
+    options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = build_backbone(name, res=size, weights=weights, device=device, **options)
-    summary = run(backbone, source, root=root, dtype=dtype, batch_size=batch_size, threads=threads)
-    show(summary)
-    click.echo(summary.cache.name)
+    names = []
+    for row, size in encoders:
+        backbone = build_backbone(row.name, res=size, weights=weights, device=device, crop=crop, **options)
+        below, right = row.unseen(size)
+        if below or right:
+            warn(f"{row.name} sees whole patches only: {below} rows and {right} columns of pixels are left out")
+        summary = run(backbone, source, root=root, dtype=dtype, batch_size=batch_size, threads=threads)
+        show(summary)
+        names.append(summary.cache.name)
+    click.echo("+".join(names))
+
+
+def chosen_encoders(
+    name: str | None, row_name: str | None, res: str | None
+) -> list[tuple[BackboneRow, tuple[int, int]]]:
+    """The encoders, each with its (height, width), that --backbone and --res, or --row, stand for.
+
+    Raises:
+        UsageError: both are given, or neither.
+        UnknownNameError: there is no such backbone or row.
+    """
+    if (name is None) == (row_name is None) or (row_name is not None and res is not None):
+        raise UsageError(
+            "it is not clear which encoder is meant",
+            why="--row stands for a backbone and its size" if row_name else "neither --backbone nor --row is given",
+            fix="give --backbone NAME (and --res), or --row ROW alone",
+        )
+    if name is not None:
+        row = catalogue.row(name)
+        return [(row, parse_res(res) if res else row.native_res)]
+    assert row_name is not None
+    published = preset(row_name)
+    return [(catalogue.row(each), published.res) for each in published.backbones]
 
 
 def show(summary: ExtractSummary) -> None:

@@ -162,6 +162,7 @@ def _provenance(backbone: Backbone, block: int) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "weights": backbone.weights_source,
+        "options": backbone.options,
         "trained": not backbone.weights_sha256.startswith("random:"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "images_per_pass": block,

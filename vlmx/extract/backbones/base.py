@@ -6,10 +6,9 @@ A family module (vmamba.py, timm_models.py, ...) provides one function
 
     def build(row: BackboneRow, res: tuple[int, int], *, some_option: str | None = None) -> FamilyNet
 
-whose keyword-only parameters are the options of that family. It builds only what the tokens need, and raises a
-UsageError before any work when the network cannot take images of size `res`. Everything else (weights, strict loading,
-freezing, dtype, device) happens here. Families with a selective scan share `selective_scan` of
-`vlmx.extract.ops.selective_scan`, which takes channels before length: (B, D, L).
+whose keyword-only parameters are the options of that family. It builds only what the tokens need. Everything else
+(allowed sizes, weights, strict loading, freezing, dtype, device) happens here. Families with a selective scan share
+`selective_scan` of `vlmx.extract.ops.selective_scan`, which takes channels before length: (B, D, L).
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from vlmx.console import note
 from vlmx.errors import UsageError, WeightsError
 from vlmx.extract import weights as weight_files
-from vlmx.extract.backbones.catalogue import BackboneRow
 from vlmx.extract.backbones.catalogue import row as catalogue_row
+from vlmx.extract.backbones.row import BackboneRow
 
 
 class FamilyNet(nn.Module, ABC):
@@ -38,7 +39,11 @@ class FamilyNet(nn.Module, ABC):
         feature: where the tokens are taken, e.g. "stage3" or "blocks.10".
         out_norm: what is applied to them there, e.g. "none" or "trained".
         forward_version: raised whenever a change of the code changes the tokens of the same weights.
+        keep_float32: ends of the dotted names of parameters and buffers that stay float32 when the rest is cast to
+            bfloat16 or float16, e.g. "A_log" or "dt_proj.bias". Batch norms always do.
     """
+
+    keep_float32: ClassVar[tuple[str, ...]] = ()
 
     grid: tuple[int, int]
     dim: int
@@ -68,16 +73,31 @@ class Backbone(nn.Module):
         name, row: the catalogue entry.
         res: (height, width) in pixels of the images it takes.
         grid, dim, num_tokens, feature, out_norm, forward_version: see `FamilyNet`; num_tokens = rows * columns.
+        dtype: of the tokens.
         mean, std: normalisation of RGB values in 0..1 that the images must have had.
+        crop_pct: share of the letterboxed image that is kept by a centre crop; 1 without the option `crop`.
         weights_sha256: SHA-256 (hex) of the weights file, or of the named tensors of a state dict; "random:SEED".
         weights_source: "file PATH", "state dict" or "random seed SEED".
+        options: what was asked for beside the defaults: the family's options and `crop`.
     """
 
     def __init__(
-        self, net: FamilyNet, *, row: BackboneRow, res: tuple[int, int], weights_sha256: str, weights_source: str
+        self,
+        net: FamilyNet,
+        *,
+        row: BackboneRow,
+        res: tuple[int, int],
+        dtype: torch.dtype,
+        weights_sha256: str,
+        weights_source: str,
+        crop_pct: float = 1.0,
+        options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
+        _cast(net, dtype)
         self.net = net
+        self.dtype = dtype
+        self.crop_pct = crop_pct
         self.name = row.name
         self.row = row
         self.res = res
@@ -91,6 +111,7 @@ class Backbone(nn.Module):
         self.forward_version = net.forward_version
         self.weights_sha256 = weights_sha256
         self.weights_source = weights_source
+        self.options = dict(options or {})
         self.requires_grad_(False)
         self.eval()
 
@@ -99,9 +120,25 @@ class Backbone(nn.Module):
         super().train(False)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """What `to`, `cuda`, `half`, ... call: a move to another device is fine, a cast is not.
+
+        Raises:
+            UsageError: `fn` changes the dtype.
+        """
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if dtype != self.dtype:
+            raise UsageError(
+                f"{self.name} was built for {self.dtype} and cannot be cast to {dtype}",
+                why="parts of it must stay float32, which a cast of the whole module would undo",
+                fix=f"build it with dtype={dtype}",
+            )
+        super()._apply(fn, recurse)
+        return self
+
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Tokens (B, N, D) of normalised RGB images (B, 3, H, W), in the module's dtype, row-major over `grid`.
+        """Tokens (B, N, D) of normalised RGB images (B, 3, H, W), in `dtype`, row-major over `grid`.
 
         Raises:
             UsageError: the images are not of shape (B, 3, *res) or not of a floating-point dtype.
@@ -118,8 +155,9 @@ class Backbone(nn.Module):
                 why=f"got {images_BCHW.dtype}",
                 fix="scale to 0..1, subtract backbone.mean, divide by backbone.std",
             )
-        dtype = next(self.net.parameters()).dtype
-        tokens_BND: Tensor = self.net(images_BCHW.to(dtype))
+        self.eval()  # in case that someone put a part of it into training mode
+        tokens_BND: Tensor = self.net(images_BCHW.to(self.dtype))
+        assert tokens_BND.dtype == self.dtype, tokens_BND.dtype
         assert tokens_BND.shape[1:] == (self.num_tokens, self.dim), tokens_BND.shape
         return tokens_BND
 
@@ -131,18 +169,23 @@ def build_backbone(
     weights: str | Path | Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    crop: bool = False,
     **options: object,
 ) -> Backbone:
     """Build a frozen backbone.
 
     Args:
-        name: a name of the catalogue.
+        name: a name of the catalogue, or "timm:ID.TAG".
         res: (height, width) in pixels of the images.
-        weights: a file; a state dict with published key names, with or without the published prefix; "random:SEED" for
-            a reproducible random network; None to look the row's file up (see `vlmx.extract.weights.find`).
-        dtype: of parameters and tokens.
-        device: where the module is put.
-        options: options of the family, e.g. `out_norm` of VMamba.
+        weights: a file or a Hugging Face folder; a state dict with published key names, with or without the published
+            prefix; "random:SEED" for a reproducible random network; None to look the row's file up (see
+            `vlmx.extract.weights.find`).
+        dtype: of the tokens and of what computes them: float32, bfloat16 or float16. Scans, their parameters and batch
+            norms stay float32.
+        device: where the module is put. "meta" gives the network without weights, to ask for its shapes.
+        crop: whether the letterboxed photo is enlarged and cropped as the reference's code does for some encoders;
+            nothing changes in the network, but it is part of what the tokens are.
+        options: options of the family, e.g. `out_norm` of VMamba, `block` of ViTs, `feature` of ViTDet.
 
     Raises:
         UnknownNameError: no backbone of that name.
@@ -150,30 +193,97 @@ def build_backbone(
         WeightsError: the weights are not found, damaged, or of another network.
     """
     row = catalogue_row(name)
+    row.check_size(res)
+    if crop and row.crop_pct == 1.0:
+        raise UsageError(f"the reference does not crop the images of {row.name}", fix="leave the option crop away")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UsageError(f"{dtype} is no dtype for a backbone", fix="choose float32, bfloat16 or float16")
     build = _family_builder(row, options)
     seed = _random_seed(weights)
-    # A fork: building a network must not move the caller's random state, on this device or another.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0 if seed is None else seed)
-        net = build(row, res, **options)
-    if seed is not None:
-        sha256, source = f"random:{seed}", f"random seed {seed}"
-    elif isinstance(weights, Mapping):
-        state = dict(weights)
-        if strange := [str(key) for key, value in state.items() if not isinstance(value, Tensor)]:
-            raise WeightsError(
-                "the state dict holds more than tensors",
-                why=f"not tensors: {', '.join(strange[:4])}",
-                fix="give the state dict itself, often the entry 'model' or 'state_dict' of a checkpoint",
-            )
-        sha256, source = weight_files.sha256_of_state(state), "state dict"
-        _load_strictly(net, state, row=row, source=source)
+    device = torch.device(device)
+    source: str
+    if device.type == "meta":
+        with device:
+            net = build(row, res, **options)
+        sha256, source = "none", "no weights"
     else:
-        path = weight_files.find(row, weights)
-        sha256, source = weight_files.sha256_of_file(path), f"file {path}"
-        _load_strictly(net, weight_files.read(path), row=row, source=source)
-    backbone = Backbone(net, row=row, res=res, weights_sha256=sha256, weights_source=source)
-    return backbone.to(device=device, dtype=dtype)
+        # A fork: building a network must not move the caller's random state, on this device or another.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0 if seed is None else seed)
+            net = build(row, res, **options)
+        if seed is not None:
+            sha256, source = f"random:{seed}", f"random seed {seed}"
+        elif isinstance(weights, Mapping):
+            state = _checked_mapping(weights)
+            sha256, source = weight_files.sha256_of_state(state), "state dict"
+            _load_strictly(net, state, row=row, source=source)
+        else:
+            path = weight_files.find(row, weights)
+            sha256, source = weight_files.identity(path), f"file {path}"
+            _load_strictly(net, _read(path), row=row, source=source)
+    backbone = Backbone(
+        net,
+        row=row,
+        res=res,
+        dtype=dtype,
+        crop_pct=row.crop_pct if crop else 1.0,
+        weights_sha256=sha256,
+        weights_source=source,
+        options={**options, "crop": True} if crop else options,
+    )
+    return backbone.to(device)
+
+
+def fit_problems(row: BackboneRow, state: Mapping[str, Tensor], *, shown: int | None = 4) -> list[str]:
+    """Why a published state dict does not fit a backbone, by names and shapes alone; empty if it fits.
+
+    Args:
+        row: the backbone; it is built on the meta device, with its family's default options.
+        state: published key names, with or without the published prefix; values are not looked at.
+        shown: how many keys of each kind of problem are named; None for all.
+    """
+    with torch.device("meta"):
+        net = _family_builder(row, {})(row, row.native_res)
+    try:
+        own = net.adapt_state_dict({name: tensor.to("meta") for name, tensor in state.items()})
+    except WeightsError as error:
+        return [error.what + (f" ({error.why})" if error.why else "")]
+    return _problems(net, own, shown=shown)
+
+
+def _cast(net: FamilyNet, dtype: torch.dtype) -> None:
+    """Cast to `dtype` what is floating point, except what must stay float32."""
+    if dtype == torch.float32:
+        return
+    endings = tuple(f".{name}" for name in net.keep_float32)
+    for path, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not f".{path}.{name}".endswith(endings):
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and not f".{path}.{name}".endswith(endings):
+                setattr(module, name, buffer.to(dtype))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file; a choice that was made among them is said."""
+    checkpoint = weight_files.read_checkpoint(path)
+    if checkpoint.not_taken:
+        note(f"{path.name}: averaged weights beside the plain ones are not used ({', '.join(checkpoint.not_taken)})")
+    return checkpoint.state
+
+
+def _checked_mapping(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = dict(weights)
+    if strange := [str(key) for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise WeightsError(
+            "the state dict holds more than tensors",
+            why=f"not tensors: {', '.join(strange[:4])}",
+            fix="give the state dict itself, often the entry 'model' or 'state_dict' of a checkpoint",
+        )
+    return state
 
 
 def _family_builder(row: BackboneRow, options: Mapping[str, object]) -> Callable[..., FamilyNet]:
@@ -203,30 +313,44 @@ def _random_seed(weights: object) -> int | None:
 def _load_strictly(net: FamilyNet, state: dict[str, Tensor], *, row: BackboneRow, source: str) -> None:
     """Load a published state dict: all keys, right shapes, finite values, or a WeightsError that names the keys."""
     own = net.adapt_state_dict(state)
-    expected = net.state_dict()
-    missing = [k for k in expected if k not in own]
-    unexpected = [k for k in own if k not in expected]
-    shared = [k for k in expected if k in own]
-    shapes = [
-        f"{k} is {tuple(own[k].shape)}, needed {tuple(expected[k].shape)}"
-        for k in shared
-        if own[k].shape != expected[k].shape
-    ]
-    not_finite = [k for k in shared if own[k].is_floating_point() and not bool(torch.isfinite(own[k]).all())]
-    problems = [
-        f"{len(found)} {what}: {', '.join(found[:4])}{', ...' if len(found) > 4 else ''}"
-        for what, found in [
-            ("keys are missing", missing),
-            ("keys are unexpected", unexpected),
-            ("shapes differ", shapes),
-            ("tensors hold NaN or infinity", not_finite),
-        ]
-        if found
-    ]
-    if problems:
+    if problems := _problems(net, own, shown=4):
         raise WeightsError(
             f"the weights ({source}) do not fit {row.name}",
             why="; ".join(problems),
             fix=f"give the file '{row.file}'" + (f" from {row.url}" if row.url else " that ships with vlmx"),
         )
     net.load_state_dict(own, strict=True)
+
+
+def _what_they_are(state: dict[str, Tensor]) -> list[str]:
+    from vlmx.extract.weights.identify import identify
+
+    found = identify(state)
+    if found.names:
+        return [f"they are the weights of {' or '.join(found.names)}"]
+    return [f"by their names they are nearest to the family {found.nearest}"] if found.nearest else []
+
+
+def _problems(net: FamilyNet, own: Mapping[str, Tensor], *, shown: int | None) -> list[str]:
+    """Missing and unexpected keys, other shapes, values that are not finite (those on the meta device have none)."""
+    expected = net.state_dict()
+    shared = [key for key in expected if key in own]
+    found = {
+        "keys are missing": [key for key in expected if key not in own],
+        "keys are unexpected": [key for key in own if key not in expected],
+        "shapes differ": [
+            f"{key} is {tuple(own[key].shape)}, needed {tuple(expected[key].shape)}"
+            for key in shared
+            if own[key].shape != expected[key].shape
+        ],
+        "tensors hold NaN or infinity": [
+            key
+            for key in shared
+            if own[key].is_floating_point() and not own[key].is_meta and not bool(torch.isfinite(own[key]).all())
+        ],
+    }
+    return [
+        f"{len(keys)} {what}: {', '.join(keys[:shown])}{', ...' if len(keys) > len(keys[:shown]) else ''}"
+        for what, keys in found.items()
+        if keys
+    ]

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmx.errors import UsageError
 from vlmx.extract.backbones.base import FamilyNet
-from vlmx.extract.backbones.catalogue import BackboneRow
+from vlmx.extract.backbones.row import BackboneRow
 from vlmx.extract.ops.selective_scan import selective_scan
 from vlmx.extract.weights import strip_prefix
 
@@ -98,12 +97,12 @@ class MambaMixer(nn.Module):
         dt_BLR, b_BLS, c_BLS = self.x_proj(u_BDL.transpose(1, 2)).split([self.rank, STATES, STATES], dim=-1)
         y_BDL = selective_scan(
             u_BDL,
-            self.dt_proj(dt_BLR).transpose(1, 2),
-            -torch.exp(self.A_log.float()),
+            (F.linear(dt_BLR, self.dt_proj.weight) + self.dt_proj.bias).transpose(1, 2),
+            -torch.exp(self.A_log),
             b_BLS.transpose(1, 2),
             c_BLS.transpose(1, 2),
-            self.D.float(),
-            delta_bias=self.dt_proj.bias.float(),
+            self.D,
+            delta_bias=self.dt_proj.bias,
             delta_softplus=True,
         )
         mixed_BLC: Tensor = self.out_proj(torch.cat([y_BDL.to(z_BDL.dtype), z_BDL], dim=1).transpose(1, 2))
@@ -234,7 +233,9 @@ class MambaVision(FamilyNet):
     """MambaVision up to the blocks of stage `tap` (counted from 0): images (B, 3, H, W) -> tokens (B, N, C).
 
     The tokens are the map of the tapped stage before its downsample and without any norm, row-major. Nothing after
-    that stage is built. Any image size is accepted.
+    that stage is built. Any image size of at least one token is accepted.
+
+    The scan and what parameterises it (A_log, D, the time-step bias) stay float32 whatever the rest computes in.
 
     Args:
         res: image (height, width) in pixels.
@@ -244,6 +245,8 @@ class MambaVision(FamilyNet):
         layer_scale: whether blocks have gamma_1 and gamma_2 (published B and larger).
         tap: the stage whose map is returned (2 in the published nets, "stage 3" of the paper).
     """
+
+    keep_float32 = ("A_log", "D", "dt_proj.bias")
 
     def __init__(
         self,
@@ -326,28 +329,13 @@ class MambaVisionClassifier(MambaVision):
 
 
 def build(row: BackboneRow, res: tuple[int, int]) -> MambaVision:
-    """The frozen-feature network of a catalogue row, with fresh random weights.
-
-    Raises:
-        UsageError: the image is smaller than one token.
-    """
-    _check(row, res)
+    """The frozen-feature network of a catalogue row, with fresh random weights."""
     return MambaVision(res=res, **row.arch)
 
 
 def build_classifier(row: BackboneRow, res: tuple[int, int], num_classes: int) -> MambaVisionClassifier:
     """The whole network of a catalogue row with a classifier, for pretraining; published key names."""
-    _check(row, res)
     return MambaVisionClassifier(res=res, num_classes=num_classes, **row.arch)
-
-
-def _check(row: BackboneRow, res: tuple[int, int]) -> None:
-    if min(res) < row.stride:
-        raise UsageError(
-            f"{row.name} cannot take images of {res[0]}x{res[1]} pixels",
-            why=f"one token covers {row.stride}x{row.stride} pixels",
-            fix=f"use a size of at least {row.stride}x{row.stride}; its own is {row.native_res[0]}x{row.native_res[1]}",
-        )
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -1,69 +1,123 @@
 """Which timm networks are frozen encoders, and where are they tapped: ViT before its last block, MaxViT at a stage.
 
-ViT follows prismatic-vlms (Karamcheti et al., "Prismatic VLMs", arXiv 2402.07865, section 4.2): tokens of the
-second-to-last block, without the final norm, class token dropped. MaxViT (Tu et al., arXiv 2204.01697) gives the raw
-map of one stage. timm supplies the networks; what follows the tap is removed before any weight is loaded.
+ViT, CLIP, SigLIP and DINOv2 follow prismatic-vlms (Karamcheti et al., "Prismatic VLMs", arXiv 2402.07865, section 4.2):
+tokens of the second-to-last block, without the final norm, class and register tokens dropped. MaxViT (Tu et al., arXiv
+2204.01697) gives the raw map of one stage. timm supplies the networks; what follows the tap is removed before any
+weight is loaded.
 
 A catalogue row's `arch` either names a published network, {"timm_id": "vit_tiny_patch16_224.augreg_in21k"}, or gives
 the sizes of a small one, {"patch_size": 8, "embed_dim": 96, ...} for a ViT and {"embed_dim": (32, 96, 128), ...} for a
-MaxViT; `tap` (MaxViT) counts stages from 1.
+MaxViT; `tap` (MaxViT) counts stages from 1. `trained_side` stands beside a timm id whose published weights are for
+other images than the row's native size.
 
 Legend: B batch, C channels, H W pixels of an image or a map, N tokens, D token width.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import create_model
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from vlmx.errors import UsageError
+from vlmx.errors import UsageError, WeightsError
 from vlmx.extract.backbones.base import FamilyNet
-from vlmx.extract.backbones.catalogue import BackboneRow
+from vlmx.extract.backbones.row import BackboneRow
 from vlmx.extract.weights import strip_prefix
 
 MAXVIT_PUBLISHED_TAP = 3
+DEFAULT_BLOCK = -2
+# names of the position embeddings, (1, tokens, width) or (tokens, width), in timm's, OpenCLIP's and OpenAI's files
+_POSITIONS = ("pos_embed", "visual.trunk.pos_embed", "visual.positional_embedding")
 
 
 class TimmViT(FamilyNet):
-    """A timm VisionTransformer without its last block: images (B, 3, H, W) -> tokens (B, N, D) of the block before.
+    """A timm VisionTransformer up to one block: images (B, 3, H, W) -> that block's patch tokens (B, N, D).
 
-    Position embeddings of a checkpoint made for another grid are resampled (bicubic with antialiasing, timm's rule).
+    For other image sizes than the checkpoint's, its position embeddings are resampled (bicubic with antialiasing,
+    timm's rule).
+
+    Args:
+        net: the whole network.
+        block: index of the block whose output is taken; negative ones count from the end.
+        trained_side: side in pixels of the (square) images that the checkpoint was trained with. A file with another
+            number of positions is the file of another backbone.
     """
 
-    def __init__(self, net: VisionTransformer) -> None:
+    def __init__(self, net: VisionTransformer, *, block: int, trained_side: int) -> None:
         super().__init__()
-        self.last_block = len(net.blocks) - 1
-        net.prune_intermediate_layers(indices=[self.last_block - 1], prune_norm=True, prune_head=True)
+        self.trained_side = trained_side
+        depth = len(net.blocks)
+        if not -depth <= block < depth:
+            raise UsageError(
+                f"block={block} does not exist", why=f"the network has {depth} blocks", fix=f"use -{depth}..{depth - 1}"
+            )
+        self.block = block % depth
+        net.prune_intermediate_layers(indices=[self.block], prune_norm=True, prune_head=True)
         self.net = net
         self.grid = (int(net.patch_embed.grid_size[0]), int(net.patch_embed.grid_size[1]))
         self.dim = net.embed_dim
-        self.feature = "second-to-last-block"
+        self.feature = f"blocks.{self.block}"
         self.out_norm = "none"
         self.forward_version = 1
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Published timm names -> own names; the last block, the final norms and the heads are dropped."""
-        dropped = (f"blocks.{self.last_block}.", "norm.", "fc_norm.", "head.", "head_drop.", "pre_logits.")
+        """timm's, OpenCLIP's, OpenAI's or DINOv2's names -> own names; later blocks, final norms and heads go."""
         state = strip_prefix(state, "module.")
-        kept = {f"net.{name}": value for name, value in state.items() if not name.startswith(dropped)}
-        position = kept.get("net.pos_embed")
-        if position is not None and position.ndim == 3 and position.shape != self.state_dict()["net.pos_embed"].shape:
-            kept["net.pos_embed"] = resample_abs_pos_embed(
-                position, list(self.grid), num_prefix_tokens=self.net.num_prefix_tokens
-            )
-        return kept
+        self._refuse_other_sizes(state)
+        state = _timm_names(self.net, state)
+        dropped = ("norm.", "fc_norm.", "head.", "head_drop.", "attn_pool.")
+        return {
+            f"net.{name}": value
+            for name, value in state.items()
+            if not name.startswith(dropped) and not self._is_past_the_tap(name)
+        }
+
+    def _refuse_other_sizes(self, state: dict[str, Tensor]) -> None:
+        """Raise for weights of the same network that were trained with images of another size."""
+        patch = int(self.net.patch_embed.patch_size[0])
+        expected = (self.trained_side // patch) ** 2
+        for name in _POSITIONS:
+            stored = state[name].shape[-2] if name in state and state[name].ndim in (2, 3) else expected
+            if not expected <= stored <= expected + self.net.num_prefix_tokens:
+                side = math.isqrt(stored) * patch
+                raise WeightsError(
+                    f"the weights were trained with images of {side}x{side} pixels, those of this backbone with "
+                    f"{self.trained_side}x{self.trained_side}",
+                    why=f"{name} is {tuple(state[name].shape)}",
+                    fix="give the file that 'vlmx list backbones' shows for this backbone, or choose another backbone",
+                )
+
+    def _is_past_the_tap(self, name: str) -> bool:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        return block is not None and int(block[1]) > self.block
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         taken: Any = self.net.forward_intermediates(  # without the prefix tokens
-            images_BCHW, indices=[self.last_block - 1], norm=False, output_fmt="NLC", intermediates_only=True
+            images_BCHW, indices=[self.block], norm=False, output_fmt="NLC", intermediates_only=True
         )
         tokens_BND: Tensor = taken[0]
         return tokens_BND
+
+
+def _timm_names(net: VisionTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's own conversion of published ViT layouts, with position embeddings for the size of `net`.
+
+    A state dict that the conversion cannot read, or whose patches have another size (which it would resample), is left
+    as it is: the strict load that follows names what does not fit.
+    """
+    patches = state.get("patch_embed.proj.weight")
+    if patches is not None and patches.shape != net.patch_embed.proj.weight.shape:
+        return state
+    try:
+        converted: dict[str, Tensor] = checkpoint_filter_fn(state, net)
+    except (RuntimeError, KeyError, AssertionError, ValueError):
+        return state
+    return converted
 
 
 class TimmMaxViT(FamilyNet):
@@ -100,30 +154,42 @@ class TimmMaxViT(FamilyNet):
         return tokens_BND
 
 
-def build(row: BackboneRow, res: tuple[int, int]) -> FamilyNet:
-    """The frozen-feature network of a catalogue row of family "vit" or "maxvit", with fresh random weights.
+def build_vit(row: BackboneRow, res: tuple[int, int], *, block: int | None = None) -> TimmViT:
+    """The frozen-feature network of a ViT, CLIP, SigLIP or DINOv2 row, with fresh random weights.
+
+    Args:
+        block: which block's output the tokens are; negative ones count from the end; None for the second to last.
 
     Raises:
-        UsageError: the family cannot take images of this size.
+        UsageError: there is no such block.
     """
     net = build_classifier(row, res, num_classes=0)
-    if row.family == "vit":
-        return TimmViT(net)
+    return TimmViT(
+        net,
+        block=DEFAULT_BLOCK if block is None else _integer(block),
+        trained_side=row.arch.get("trained_side", row.native_res[0]),
+    )
+
+
+def build_maxvit(row: BackboneRow, res: tuple[int, int]) -> TimmMaxViT:
+    """The frozen-feature network of a MaxViT row, with fresh random weights."""
+    net = build_classifier(row, res, num_classes=0)
     return TimmMaxViT(net, res=res, tap=row.arch.get("tap", MAXVIT_PUBLISHED_TAP))
 
 
 def build_classifier(row: BackboneRow, res: tuple[int, int], num_classes: int) -> Any:
-    """The whole timm network of a row, images -> logits (B, `num_classes`), for pretraining; published key names.
-
-    Raises:
-        UsageError: the family cannot take images of this size.
-    """
-    _check_size(row, res)
+    """The whole timm network of a row, images -> logits (B, `num_classes`), for pretraining; published key names."""
     if "timm_id" in row.arch:
         return create_model(row.arch["timm_id"], pretrained=False, num_classes=num_classes, img_size=res)
     if row.family == "vit":
         return VisionTransformer(img_size=res, num_classes=num_classes, **row.arch)
     return MaxxVit(_small_maxvit(row.arch), img_size=res, num_classes=num_classes)
+
+
+def _integer(block: object) -> int:
+    if type(block) is not int:
+        raise UsageError(f"block={block!r} is no block", fix="give an integer; -2 is the second to last block")
+    return block
 
 
 def _small_maxvit(arch: Any) -> MaxxVitCfg:
@@ -138,20 +204,3 @@ def _small_maxvit(arch: Any) -> MaxxVitCfg:
             dim_head=arch["dim_head"], expand_ratio=arch["mlp_ratio"], window_size=(arch["window"],) * 2
         ),
     )
-
-
-def _check_size(row: BackboneRow, res: tuple[int, int]) -> None:
-    if row.family == "maxvit":
-        if res != row.native_res:
-            raise UsageError(
-                f"{row.name} cannot take images of {res[0]}x{res[1]} pixels",
-                why="a MaxViT's windows and position tables are made for one image size",
-                fix=f"use --res {row.native_res[0]}x{row.native_res[1]}, or this backbone's variant for your size",
-            )
-    elif min(res) < row.stride or res[0] % row.stride or res[1] % row.stride:
-        raise UsageError(
-            f"{row.name} cannot take images of {res[0]}x{res[1]} pixels",
-            why=f"it cuts the image into patches of {row.stride}x{row.stride} pixels",
-            fix=f"use multiples of {row.stride}, e.g. {max(res[0] // row.stride, 1) * row.stride}x"
-            f"{max(res[1] // row.stride, 1) * row.stride}",
-        )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlmx.errors import UsageError, WeightsError
 from vlmx.extract.backbones.base import FamilyNet
-from vlmx.extract.backbones.catalogue import BackboneRow
+from vlmx.extract.backbones.row import BackboneRow
 from vlmx.extract.ops.selective_scan import linear_scan
 from vlmx.extract.weights import strip_prefix
 
@@ -208,6 +208,7 @@ class VMambaNet(VMambaTrunk, FamilyNet):
     """
 
     forward_version = 1
+    keep_float32 = ("A_logs", "Ds", "dt_projs_bias")
 
     def __init__(
         self,
@@ -364,13 +365,8 @@ def build(row: BackboneRow, res: tuple[int, int], *, out_norm: str | None = None
             dense ones, "none" for the classification ones.
 
     Raises:
-        UsageError: the size is too small, or the checkpoint cannot have the norm.
+        UsageError: the choice does not exist, or the checkpoint cannot have the norm.
     """
-    if min(res) < row.stride:
-        raise UsageError(
-            f"{row.name} cannot take images of {res[0]}x{res[1]} pixels",
-            fix=f"give a height and a width of at least {row.stride} pixels",
-        )
     in_checkpoint: OutNorm = row.arch["checkpoint_out_norm"]
     chosen = in_checkpoint if out_norm is None else next((o for o in _OUT_NORMS if o == out_norm), None)
     if chosen is None:
