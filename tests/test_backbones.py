@@ -1,24 +1,177 @@
-"""Does every encoder that ships with vlmx keep the promises of a backbone? One suite for all of them."""
+"""Does every registered encoder keep the promises of a backbone? The suite of plug-ins, and what it leaves open."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from timm.layers import DropPath
+from torch import Tensor, nn
 
 from vlmx import build_backbone
 from vlmx.errors import UsageError
 from vlmx.extract.backbones import catalogue
+from vlmx.extract.backbones.base import Backbone, FamilyNet
+from vlmx.testing import BackboneSuite
 
 MINI = [row.name for row in catalogue.rows() if row.packaged]
 RES = (64, 64)
 
-pytestmark = pytest.mark.parametrize("name", MINI)
+
+def distinct_networks() -> list[str]:
+    """One name for each network of the catalogue; names that differ in their weights alone are left out."""
+    found: dict[str, str] = {}
+    for row in catalogue.rows():
+        arch = {key: str(value).partition(".")[0] if key == "timm_id" else value for key, value in row.arch.items()}
+        found.setdefault(f"{row.builder} {arch} {row.native_res}", row.name)
+    return list(found.values())
+
+
+# --- the suite that plug-ins run too ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", BackboneSuite.CHECKS)
+@pytest.mark.parametrize(
+    "name", [*MINI, "vit-t-in21k", "vmamba-t-coco", "mambavision-t-in1k", "adapter-augreg-t-ade20k"]
+)
+def test_small_backbones_pass_the_suite(name: str, check: str) -> None:
+    getattr(BackboneSuite(name), check)()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", distinct_networks())
+def test_every_backbone_passes_the_suite(name: str) -> None:
+    BackboneSuite(name).run()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vitdet-b-coco", {"feature": "p4"}),
+        ("vit-mini-scenes", {"block": -1}),
+        ("vit-mini-scenes", {"block": 1}),
+        ("vmamba-t-in1k", {"out_norm": "identity-affine"}),
+        ("vmamba-t-coco", {"out_norm": "none"}),
+    ],
+)
+def test_options_keep_everything_that_is_built_in_use(name: str, options: dict[str, object]) -> None:
+    suite = BackboneSuite(name, **options)
+    suite.check_every_parameter_takes_part()
+    suite.check_spec_round_trip()
+
+
+# --- only what is needed is computed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "ran"),
+    [
+        ("vit-b-in1k", ("Block",), 11),  # of 12
+        ("clip-l", ("Block",), 23),  # of 24
+        ("siglip-so400m-384", ("Block", "AttentionPoolLatent"), 26),  # of 27 and the pooling head
+        ("dinov2-l", ("Block",), 23),
+        ("vitdet-b-coco", ("Block", "LayerNorm2d"), 12),  # all, without the neck
+        ("maxvit-t-in1k-224", ("MaxxVitBlock",), 2 + 2 + 5),  # without the 2 of stage 4
+        ("vmamba-t-in1k", ("VSSBlock",), 2 + 2 + 8),
+        ("mambavision-t-in1k", ("ConvBlock", "MixerBlock"), 1 + 3 + 8),
+        ("vim-t-in1k", ("Block",), 24),
+        ("adapter-deit-s-ade20k", ("ViTBlock",), 12),
+        ("adapter-deit-s-ade20k", ("Extractor",), 4 + 2),
+        ("adapter-deit-s-ade20k", ("ConvTranspose2d",), 0),  # it makes f1, which nobody asked for
+        ("vmamba-t-in1k", ("Linear",), 4 * (2 + 2 + 8)),  # in, out, fc1, fc2: no classifier
+    ],
+)
+def test_nothing_runs_after_the_tap(name: str, kinds: tuple[str, ...], ran: int) -> None:
+    """On the meta device, where a pass costs nothing; the numbers are those of the published architectures."""
+    backbone = build_backbone(name, res=catalogue.row(name).native_res, device="meta")
+    counted: Counter[str] = Counter()
+    for module in backbone.modules():
+        module.register_forward_hook(lambda module, *_: counted.update([type(module).__name__]))
+    backbone(torch.empty(1, 3, *backbone.res, device="meta"))
+    assert sum(counted[kind] for kind in kinds) == ran, counted
+
+
+# --- always in eval mode ----------------------------------------------------------------------------------------------
+
+
+class Noisy(FamilyNet):
+    """A network that gives other tokens in training mode, in three ways."""
+
+    grid, dim, feature, out_norm, forward_version = (8, 8), 6, "all", "none", 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, 8, stride=8)
+        self.norm, self.drop_path, self.dropout = nn.BatchNorm2d(6), DropPath(0.5), nn.Dropout(0.5)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        x = self.patches(images_BCHW)
+        return (x + self.drop_path(self.dropout(self.norm(x)))).flatten(2).transpose(1, 2)
+
+
+def test_drop_path_dropout_and_batch_norm_stay_in_eval_mode() -> None:
+    row = catalogue.row("vit-mini-scenes")
+    net = Noisy()
+    backbone = Backbone(net, row=row, res=RES, dtype=torch.float32, weights_sha256="random:0", weights_source="")
+    before, statistics = backbone(images(4)), net.norm.running_mean.clone()
+    holder = nn.ModuleList([backbone]).train()  # as a model that holds the encoder would be trained
+    net.drop_path.train()
+    net.train()
+    assert torch.equal(backbone(images(4)), before)
+    assert torch.equal(net.norm.running_mean, statistics)
+    assert int(net.norm.num_batches_tracked) == 0
+    assert holder.training
+    assert not any(module.training for module in backbone.modules())
+    net.train()
+    assert not torch.equal(net(images(4)), before)  # the network itself would have given other tokens
+
+
+def test_a_built_backbone_is_not_cast() -> None:
+    backbone = build_backbone("vmamba-mini-scenes", res=RES, dtype=torch.bfloat16)
+    assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16, torch.float32}
+    backbone.to("cpu")
+    for cast in (backbone.half, backbone.float, lambda: backbone.to(torch.float16)):
+        with pytest.raises(UsageError, match=r"build it with dtype=torch\.float"):
+            cast()
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "res", "fix"),
+    [
+        ("maxvit-t-in1k-224", (256, 256), "use 224x224, or the variant of this backbone for your size"),
+        ("maxvit-mini-scenes", (128, 128), "use 64x64"),
+        ("vim-t-in1k", (256, 256), "use 224x224"),
+        ("vim-s-ft-in1k", (224, 240), "use 224x224"),
+        ("adapter-beit-l-640-ade20k", (512, 512), "use 640x640"),
+        ("adapter-deit-s-ade20k", (500, 512), "use 512x512; its own size is 512x512"),
+        ("vitdet-b-coco", (800, 1333), "use 800x1328; its own size is 1024x1024"),
+        ("vit-s-in1k", (8, 224), "use any from 16x16; its own size is 224x224"),
+        ("mambavision-mini-scenes", (4, 64), "use any from 8x8; its own size is 64x64"),
+    ],
+)
+def test_sizes_that_a_network_cannot_take_are_refused_before_any_work(
+    name: str, res: tuple[int, int], fix: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{res[0]}x{res[1]} pixels") as caught:
+        build_backbone(name, res=res, weights="/not/there.pth")  # the file is not even looked for
+    assert fix in caught.value.fix
+
+
+# --- the encoders that ship with vlmx ---------------------------------------------------------------------------------
+
+
+minis = pytest.mark.parametrize("name", MINI)
 
 
 def images(count: int) -> Tensor:
@@ -29,15 +182,7 @@ def packaged(name: str) -> Path:
     return Path(str(files("vlmx"))) / catalogue.row(name).packaged
 
 
-def test_tokens_have_the_shape_that_the_catalogue_promises(name: str) -> None:
-    backbone = build_backbone(name, res=RES)
-    tokens_BND = backbone(images(2))
-    assert backbone.grid == (RES[0] // backbone.row.stride, RES[1] // backbone.row.stride) == (8, 8)
-    assert tokens_BND.shape == (2, 64, backbone.row.dim)
-    assert (backbone.num_tokens, backbone.dim) == (64, backbone.row.dim)
-    assert bool(torch.isfinite(tokens_BND).all())
-
-
+@minis
 def test_packaged_weights_are_found_fit_and_stay_small(name: str) -> None:
     backbone = build_backbone(name, res=RES)
     assert backbone.weights_source == f"file {packaged(name)}"
@@ -46,6 +191,7 @@ def test_packaged_weights_are_found_fit_and_stay_small(name: str) -> None:
     assert torch.equal(backbone(images(2)), again(images(2)))
 
 
+@minis
 def test_the_card_says_how_the_weights_were_made(name: str) -> None:
     card = json.loads(packaged(name).with_suffix(".json").read_text())
     assert card["backbone"] == name
@@ -54,44 +200,7 @@ def test_the_card_says_how_the_weights_were_made(name: str) -> None:
     assert set(card["held_out_accuracy"]) == {"shape", "color", "size", "letter"}
 
 
-def test_a_random_network_depends_on_its_seed_alone(name: str) -> None:
-    first = build_backbone(name, res=RES, weights="random:3")
-    torch.manual_seed(99)
-    again = build_backbone(name, res=RES, weights="random:3")
-    other = build_backbone(name, res=RES, weights="random:4")
-    assert torch.equal(first(images(1)), again(images(1)))
-    assert not torch.equal(first(images(1)), other(images(1)))
-
-
-def test_train_mode_changes_nothing(name: str) -> None:
-    backbone = build_backbone(name, res=RES)
-    before = backbone(images(2))
-    state = {key: value.clone() for key, value in backbone.state_dict().items()}
-    backbone.train()
-    assert not any(module.training for module in backbone.modules())
-    assert torch.equal(backbone(images(2)), before)
-    assert all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items())
-
-
-def test_no_gradient_is_kept(name: str) -> None:
-    backbone = build_backbone(name, res=RES, weights="random:0")
-    assert not any(p.requires_grad for p in backbone.parameters())
-    assert not backbone(images(1).requires_grad_()).requires_grad
-
-
-def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
-    backbone = build_backbone(name, res=RES)
-    together = backbone(images(3))
-    alone = torch.cat([backbone(image[None]) for image in images(3)])
-    assert torch.allclose(together, alone, atol=1e-4 * together.std().item())
-
-
-def test_every_weight_takes_part_in_the_tokens(name: str) -> None:
-    net = build_backbone(name, res=RES, weights="random:0").net.requires_grad_(True)
-    net(images(1)).square().sum().backward()
-    assert [key for key, p in net.named_parameters() if p.grad is None] == []
-
-
+@minis
 def test_tokens_are_row_major(name: str) -> None:
     """A square drawn in grid row 6, column 1 changes the token there most."""
     backbone = build_backbone(name, res=RES)
@@ -101,18 +210,13 @@ def test_tokens_are_row_major(name: str) -> None:
     assert divmod(int(change_N.argmax()), 8) == (6, 1)
 
 
-def test_bfloat16_is_close_to_float32(name: str) -> None:
-    exact = build_backbone(name, res=RES)(images(2))
-    rough = build_backbone(name, res=RES, dtype=torch.bfloat16)(images(2))
-    assert rough.dtype == torch.bfloat16
-    assert (rough.float() - exact).pow(2).mean().sqrt() < 0.05 * exact.std()
-
-
+@minis
 def test_images_of_another_size_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="64, 64"):
         build_backbone(name, res=RES, weights="random:0")(torch.zeros(1, 3, 64, 72))
 
 
+@minis
 def test_an_unknown_option_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="no option 'out_nrom'"):
         build_backbone(name, res=RES, weights="random:0", out_nrom="none")
