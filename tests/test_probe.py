@@ -79,7 +79,7 @@ def test_missing_scenes_are_counted(tmp_path: Path, few_scenes: list[str], monke
     extra = [ImageEntry(key=key, id=image_id(key.encode()), width=64, height=64) for key in more]
     ImageTable.merge(tmp_path, "mini", extra)
     monkeypatch.setattr(probe, "TRAIN_SCENES", 82)
-    with pytest.raises(CacheError, match=r"2 of 82 scenes.*vlmx extract --backbone some --data mini"):
+    with pytest.raises(CacheError, match=r"2 of 82 images.*vlmx extract --backbone some .*--data mini"):
         probe_cache(reader, tmp_path)
 
 

@@ -6,5 +6,7 @@
                                         │
                        sizing, audit, catalog, command; ids: data set key ─▶ image id
 
+`fused` lets several caches be read as one; `presets` are the rows of the paper's tables.
+
 Only numpy, and crc32c from a wheel: no torch, no image library, and zarr-python is not needed to write or to read.
 """

@@ -175,15 +175,17 @@ def info(path: Path) -> CacheInfo:
         bytes=sum(shard.bytes for shard in manifest.shards.values()),
         failed=manifest.failed,
         sealed=is_sealed(path, manifest),
-        runs=tuple(_read_runs(path / PROVENANCE)),
+        runs=tuple(read_runs(path)),
     )
 
 
-def _read_runs(path: Path) -> list[Mapping[str, Any]]:
-    if not path.exists():
+def read_runs(path: Path) -> list[Mapping[str, Any]]:
+    """How each extraction into the cache in folder `path` was made, oldest first."""
+    provenance = path / PROVENANCE
+    if not provenance.exists():
         return []
     runs = []
-    for line in path.read_text().splitlines():
+    for line in provenance.read_text().splitlines():
         try:
             runs.append(json.loads(line))
         except ValueError:

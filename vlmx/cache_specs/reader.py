@@ -12,54 +12,53 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from vlmx.cache_specs.catalog import find
+from vlmx.cache_specs.catalog import find_parts
+from vlmx.cache_specs.fused import FusedReader
 from vlmx.cache_specs.layout import shard_path
 from vlmx.cache_specs.manifest import is_sealed, read_manifest
 from vlmx.cache_specs.shards import crc_matches, read_index
 from vlmx.cache_specs.sizing import CRC_BYTES
-from vlmx.cache_specs.spec import CacheSpec, DType, TokenShape
-from vlmx.errors import CacheCorruptError, CacheError, SpecMismatchError
+from vlmx.cache_specs.spec import CacheSpec, TokenShape
+from vlmx.cache_specs.token_source import TokenSource
+from vlmx.errors import CacheCorruptError, CacheError
 
 OPEN_FILES_MAX = 512
 
 
-def open_cache(path_or_name: str | Path, root: str | Path = "caches", *, allow_partial: bool = False) -> TokenReader:
-    """Open a cache for reading.
+def open_cache(path_or_name: str | Path, root: str | Path = "caches", *, allow_partial: bool = False) -> TokenSource:
+    """Open a cache for reading, or several as one.
 
     Args:
-        path_or_name: a folder, a name below `root`, or an unambiguous prefix of one, e.g. "vmamba-s-coco@512".
+        path_or_name: a folder, a name below `root`, or an unambiguous prefix of one, e.g. "vmamba-s-coco@512". Several
+            of these with + between them give their tokens joined on the channel axis, in this order.
         root: folder of all caches.
         allow_partial: also open a cache whose extraction has not come to its end.
 
     Raises:
         UnknownNameError: there is no such cache; the message carries near misses.
-        CacheError: the name is ambiguous, or the extraction has not come to its end.
+        CacheError: the name is ambiguous, the extraction has not come to its end, or the caches cannot be joined.
         CacheCorruptError: the manifest is damaged.
     """
-    return TokenReader(find(Path(root), path_or_name), allow_partial=allow_partial)
+    readers = [TokenReader(path, allow_partial=allow_partial) for path in find_parts(Path(root), path_or_name)]
+    return readers[0] if len(readers) == 1 else FusedReader(readers)
 
 
-class TokenReader:
-    """Random access to the tokens of one cache, by image id.
+class TokenReader(TokenSource):
+    """The tokens of one cache.
 
-    Any number of threads may read from one reader. It may be handed to other processes, forked or spawned: files are
-    opened in the process that reads. What is committed after opening is not seen.
+    Files are opened in the process that reads. What is committed after opening is not seen.
 
     Attributes:
         path: the cache's folder.
-        spec: the identity of the tokens.
-        shape: token grid and width of one image.
+        spec, shape, failed, sealed: see `TokenSource`.
         ids: image id -> row of the array, for every image that has tokens.
-        failed: image id -> why it could not be decoded.
-        sealed: whether the extraction came to its end.
     """
 
     def __init__(self, path: Path, *, allow_partial: bool = False) -> None:
@@ -77,10 +76,11 @@ class TokenReader:
                 why=f"{sum(len(shard.ids) for shard in manifest.shards.values())} images are done, there is no seal",
                 fix="give its `vlmx extract` command again, it goes on where it stopped",
             )
-        self.ids: dict[str, int] = {}
+        ids: dict[str, int] = {}
         for index, shard in manifest.shards.items():
             first = index * self.images_per_shard
-            self.ids.update((image, first + slot) for slot, image in enumerate(shard.ids) if image not in shard.failed)
+            ids.update((image, first + slot) for slot, image in enumerate(shard.ids) if image not in shard.failed)
+        self.ids: Mapping[str, int] = ids
         self._shard_bytes = {index: shard.bytes for index, shard in manifest.shards.items()}
         self._local = _Local()
 
@@ -88,104 +88,18 @@ class TokenReader:
         return _reopen, (self.path, self._allow_partial)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of one image."""
-        return self.shape.num_tokens
-
-    @property
-    def logical_dtype(self) -> DType:
-        """What the numbers are; bfloat16 comes as the uint16 of its bits."""
-        return self.spec.dtype
-
-    @property
-    def storage_dtype(self) -> np.dtype[Any]:
-        """dtype of what `read` gives."""
-        return np.dtype(self.spec.storage_dtype)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __contains__(self, image: str) -> bool:
-        return image in self.ids
-
-    def missing(self, ids: Iterable[str]) -> list[str]:
-        """Those of `ids` that have no tokens here, each once, in order of appearance."""
-        return [image for image in dict.fromkeys(ids) if image not in self.ids]
-
-    def require_spec(self, spec: CacheSpec) -> None:
-        """Make sure that the cache holds the tokens of `spec`.
-
-        Raises:
-            SpecMismatchError: it does not; the message lists every field that differs.
-        """
-        differences = self.spec.differences(spec)
-        if differences:
-            raise SpecMismatchError(
-                f"cache {self.path.name} was made with another spec than {spec.name}",
-                why="; ".join(differences),
-                fix=f"use the cache {spec.name}, or extract it",
-            )
-
-    def require(self, ids: Iterable[str], *, data: str = "") -> None:
-        """Make sure that all of `ids` have tokens.
-
-        Args:
-            ids: image ids.
-            data: what they are images of, as `vlmx extract --data` takes it; named in the error.
-
-        Raises:
-            CacheError: how many are missing, the first few, and the command that makes them.
-        """
-        wanted = list(dict.fromkeys(ids))
-        missing = self.missing(wanted)
-        if not missing:
-            return
-        few = ", ".join(image[:12] for image in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        broken = [image for image in missing if image in self.failed]
-        why = f"the first are {few}"
-        if broken:
-            why += f"; {len(broken)} of them could not be decoded, e.g. {self.failed[broken[0]]}"
-        weights = f" --weights {self.spec.weights_sha256}" if self.spec.random_weights else ""
-        raise CacheError(
-            f"{len(missing)} of {len(wanted)} images are not in cache {self.path.name}",
-            why=why,
-            fix=f"vlmx extract --backbone {self.spec.backbone} --res {self.spec.resolution}{weights}"
-            f" --data {data or 'DATA'} adds them, and encodes nothing twice",
-        )
+    def parts(self) -> tuple[TokenReader, ...]:
+        """This cache alone."""
+        return (self,)
 
     def read(self, ids: Sequence[str], out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """The tokens of `ids`, in that order; an id may come more than once.
-
-        Args:
-            ids: image ids.
-            out: filled and returned when given: [len(ids), tokens, channels], C-contiguous, `storage_dtype`.
-
-        Returns:
-            [len(ids), tokens, channels] in storage dtype.
-
-        Raises:
-            CacheError: the cache lacks images (`require`).
-            CacheCorruptError: bytes are not what was written; names the shard and the image.
-        """
-        shape = (len(ids), self.shape.num_tokens, self.shape.dim)
-        if out is None:
-            out = np.empty(shape, dtype=self.storage_dtype)
-        assert out.shape == shape, (out.shape, shape)
-        assert out.dtype == self.storage_dtype, (out.dtype, self.storage_dtype)
-        assert out.flags.c_contiguous
+        out_BND = self._room(ids, out)
         if not all(image in self.ids for image in ids):
             self.require(ids)
         local = self._here()
         for position, image in enumerate(ids):
-            self._read_row(local, image, self.ids[image], out[position])
-        return out
-
-    def read_float32(self, ids: Sequence[str]) -> NDArray[np.float32]:
-        """As `read`, converted to float32 without loss."""
-        stored_BND = self.read(ids)
-        if self.spec.dtype == "bfloat16":
-            return (stored_BND.astype(np.uint32) << 16).view(np.float32)
-        return stored_BND.astype(np.float32, copy=False)
+            self._read_row(local, image, self.ids[image], out_BND[position])
+        return out_BND
 
     def _read_row(self, local: _Local, image: str, row: int, out_ND: NDArray[Any]) -> None:
         index, slot = divmod(row, self.images_per_shard)

@@ -51,7 +51,8 @@ class Header:
         limit: how many of them were asked; None for all.
         model: sha256 of the trained connector, which no two trainings share.
         cache, fingerprint: where the image tokens came from.
-        encoder_weights: SHA-256 of the encoder's weights, or "random:SEED" for an untrained one.
+        encoder_weights: SHA-256 of the encoder's weights, or "random:SEED" for an untrained one; joined
+            encoders have theirs with + between them.
         geometry: how images were brought to the encoder's size, as plain data; boxes are converted with it.
         prompt_format: name of the prompt format.
     """

@@ -44,6 +44,8 @@ Worked examples:
 PROBE_EPILOG = """\b
 Worked example:
   vlmx extract --backbone vmamba-mini-scenes && vlmx probe --cache vmamba-mini-scenes
+  vlmx probe --cache vit-mini-scenes+vmamba-mini-scenes
+      the tokens of two caches, joined on the channel axis
 """
 REPORT_EPILOG = """\b
 Worked examples:
@@ -125,7 +127,7 @@ def score(run_name: str, boxes: str) -> None:
     required=True,
     metavar="CACHE",
     shell_complete=complete_caches,
-    help="Name, beginning of a name, or folder.",
+    help="Name, beginning of a name, or folder; A+B joins two.",
 )
 @caches_option
 def probe(name: str, caches: Path) -> None:

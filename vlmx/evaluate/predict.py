@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlmx.console import note, progress
 from vlmx.data.records import Question
-from vlmx.errors import CacheError, DataError
+from vlmx.errors import DataError
 from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_path
 from vlmx.evaluate.score import questions_of
 from vlmx.runs import RunFolder
@@ -131,12 +131,7 @@ def predict_run(
     for benchmark in benchmarks:
         questions = questions_of(benchmark)
         id_of = _image_ids(questions, benchmark, caches)
-        missing = sum(image_id not in reader.ids for image_id in id_of.values())
-        if missing:
-            raise CacheError(
-                f"{missing} of {len(id_of)} images of '{benchmark}' are not in the cache '{reader.spec.name}'",
-                fix=f"vlmx extract --backbone {reader.spec.backbone} --data {table_name(benchmark)} --out {caches}",
-            )
+        reader.require(id_of.values(), data=table_name(benchmark))
 
         def answer(prompts: Sequence[str], images: Sequence[str], id_of: dict[str, str] = id_of) -> list[str]:
             visual_BND = torch.from_numpy(reader.read_float32([id_of[image] for image in images])).to(device)

@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vlmx.errors import CacheError
 from vlmx.runs import write_json
 
 if TYPE_CHECKING:
-    from vlmx.cache_specs.reader import TokenReader
+    from vlmx.cache_specs.token_source import TokenSource
     from vlmx.data.mini.scenes import Scene
 
 TRAIN_SCENES = 1000
@@ -90,11 +89,11 @@ class Cells:
         return np.concatenate([self.tokens_TD, self.place_TN], axis=1)
 
 
-def probe_cache(reader: TokenReader, root: Path) -> ProbeResult:
+def probe_cache(reader: TokenSource, root: Path) -> ProbeResult:
     """Probe a cache that holds the mini study.
 
     Args:
-        reader: the open cache.
+        reader: the open cache, or several joined ones.
         root: the folder of caches, which holds the mini study's image table.
 
     Raises:
@@ -125,18 +124,13 @@ def probe_cache(reader: TokenReader, root: Path) -> ProbeResult:
     )
 
 
-def _cells(reader: TokenReader, root: Path, keys: Sequence[str]) -> Cells:
+def _cells(reader: TokenSource, root: Path, keys: Sequence[str]) -> Cells:
     from vlmx.cache_specs.ids import ImageTable
     from vlmx.data.mini.scenes import scene_of
 
     table = ImageTable.open(root, "mini")
     ids = [table.id_of(key) for key in keys]
-    missing = sum(image_id not in reader.ids for image_id in ids)
-    if missing:
-        raise CacheError(
-            f"{missing} of {len(keys)} scenes of the mini study are not in the cache '{reader.spec.name}'",
-            fix=f"vlmx extract --backbone {reader.spec.backbone} --data mini --out {root}",
-        )
+    reader.require(ids, data="mini")
     tokens_SND = reader.read_float32(ids).astype(np.float64)
     rows, columns = reader.shape.grid
     truths = [cell_truth(scene_of(key), rows, columns) for key in keys]

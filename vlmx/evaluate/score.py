@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Literal
 
+from vlmx.cache_specs.catalog import backbone_of
 from vlmx.cache_specs.geometry import Geometry, convert_box
 from vlmx.data.records import Box, Question
 from vlmx.errors import RunError
@@ -87,9 +88,9 @@ class Score:
 
     @property
     def encoder(self) -> str:
-        """Name of the encoder, marked when its weights are random."""
-        name = self.cache.partition("@")[0]
-        return f"{name} (untrained)" if self.encoder_weights.startswith("random:") else name
+        """Name of the encoder, or of joined ones with + between them, marked when the weights of any are random."""
+        name = backbone_of(self.cache)
+        return f"{name} (untrained)" if "random:" in self.encoder_weights else name
 
 
 def grade(question: Question, text: str, geometry: Geometry, *, box_rule: BoxRule = "exact") -> Grade:

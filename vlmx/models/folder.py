@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmx.cache_specs.spec import CacheSpec
+from vlmx.cache_specs.fused import TokenSpec, spec_from_dict
 from vlmx.errors import RunError, WeightsError
 from vlmx.models.connectors import build_connector
 from vlmx.models.llm import load_llm, no_progress_bars
@@ -39,7 +39,7 @@ class ModelCard:
         dim_llm: width E of the LLM's embeddings.
         prompt: name of the prompt format, never "auto".
         llm: what the LLM was before training, a name or a path.
-        spec: what the visual tokens are; its name is the cache's.
+        spec: what the visual tokens are; its name is the cache's, or the caches' with + between them.
         grid: rows and columns of visual tokens.
     """
 
@@ -48,7 +48,7 @@ class ModelCard:
     dim_llm: int
     prompt: str
     llm: str
-    spec: CacheSpec
+    spec: TokenSpec
     grid: tuple[int, int]
 
 
@@ -103,7 +103,7 @@ def load_model(folder: Path) -> SavedModel:
             fix="finish it: vlmx train --resume --out RUN",
         )
     fields = json.loads((folder / CARD).read_text())
-    card = ModelCard(**{**fields, "spec": CacheSpec.from_dict(fields["spec"]), "grid": tuple(fields["grid"])})
+    card = ModelCard(**{**fields, "spec": spec_from_dict(fields["spec"]), "grid": tuple(fields["grid"])})
     llm, tokenizer = load_llm(str(folder / "llm"))
     connector = build_connector(card.connector, card.dim_vision, card.dim_llm)
     try:

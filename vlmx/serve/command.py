@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
-from vlmx.console import table
+from vlmx.console import note, table
+from vlmx.extract.command import complete_backbone
+from vlmx.registry import unknown_name
+
+if TYPE_CHECKING:
+    from vlmx.extract.backbones.row import BackboneRow
 
 
 @click.command()
@@ -46,38 +55,107 @@ def demo(out: Path, encoders: tuple[str, ...], connectors: tuple[str, ...], quic
 
 @click.group(name="list")
 def list_() -> None:
-    """List backbones, connectors, benchmarks, caches or runs."""
+    """List backbones, rows of the paper, connectors, benchmarks, caches or runs."""
 
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-@list_.command()
-@click.option("--family", help="Only this family, e.g. vmamba.")
-@_JSON
-def backbones(family: str | None, as_json: bool) -> None:
-    """The vision encoders, and the checkpoint file that each one reads."""
-    import dataclasses
-
+def _complete_family(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from vlmx.extract.backbones.catalogue import rows
 
-    chosen = [row for row in rows() if family in (None, row.family)]
+    return [CompletionItem(name) for name in sorted({row.family for row in rows()}) if name.startswith(incomplete)]
+
+
+@list_.command()
+@click.argument("name", required=False, shell_complete=complete_backbone)
+@click.option("--family", shell_complete=_complete_family, help="Only this family, e.g. vmamba.")
+@_JSON
+def backbones(name: str | None, family: str | None, as_json: bool) -> None:
+    """The vision encoders; with NAME everything about one of them."""
+    from vlmx.extract.backbones import catalogue
+
+    chosen = [catalogue.row(name)] if name else catalogue.rows()
+    if family is not None:
+        families = {row.family for row in catalogue.rows()}
+        if family not in families:
+            raise unknown_name("family", family, families, listing="vlmx list backbones")
+        chosen = [row for row in chosen if row.family == family]
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(row) for row in chosen], indent=1))
+        more = [{"tokens": row.num_tokens, "allowed_sizes": row.allowed_sizes} for row in chosen]
+        click.echo(json.dumps([{**asdict(row), **facts} for row, facts in zip(chosen, more, strict=True)], indent=1))
+        return
+    if name:
+        for row in chosen:
+            _show(_facts(row))
         return
     cells = [
         [
             row.name,
             row.pretraining,
-            f"{row.native_res[0]}x{row.native_res[1]}",
+            _size(row.native_res),
+            str(row.num_tokens),
             str(row.dim),
-            str(row.stride),
+            _millions(row.params),
             row.published_size,
-            "ships with vlmx" if row.packaged else row.file,
         ]
         for row in chosen
     ]
-    table(["backbone", "pretraining", "native HxW", "width", "stride", "size", "checkpoint"], cells)
+    table(["backbone", "pretraining", "native HxW", "tokens", "width", "frozen", "published"], cells)
+    note("frozen: parameters that run here; published: as the paper prints them, often with a detector's heads")
+    note("vlmx list backbones NAME: sizes, checkpoint, licence, normalisation")
+
+
+def _facts(row: BackboneRow) -> list[tuple[str, str]]:
+    """Everything about one backbone, by what it is called."""
+    return [
+        ("backbone", row.name),
+        ("family", row.family),
+        ("pretraining", row.pretraining),
+        ("native size", f"{_size(row.native_res)} (height x width in pixels)"),
+        ("allowed sizes", row.allowed_sizes),
+        ("tokens", f"{row.num_tokens} ({row.grid[0]} x {row.grid[1]}) at the native size"),
+        ("width", str(row.dim)),
+        ("frozen parameters", f"{row.params:,}"),
+        ("published size", row.published_size or "none"),
+        ("checkpoint", f"{row.file}{' (ships with vlmx)' if row.packaged else ''}"),
+        ("url", row.url or "none"),
+        ("licence", row.licence),
+        ("mean", ", ".join(f"{level:g}" for level in row.mean)),
+        ("std", ", ".join(f"{level:g}" for level in row.std)),
+        ("reference's crop", "none" if row.crop_pct == 1 else f"{row.crop_pct:g} of each side, with the option crop"),
+        ("network", ", ".join(f"{key}={value}" for key, value in row.arch.items())),
+    ]
+
+
+def _size(res: tuple[int, int]) -> str:
+    return f"{res[0]}x{res[1]}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}M"
+
+
+@list_.command("rows")
+@click.option("--encoder", metavar="TEXT", help="Only rows with this in the encoder's printed name, e.g. vmamba.")
+@_JSON
+def rows_(encoder: str | None, as_json: bool) -> None:
+    """The 99 models of the paper; `vlmx extract` and `vlmx train` take one with --row."""
+    from vlmx.cache_specs.presets import presets
+
+    chosen = [row for row in presets() if encoder is None or encoder.lower() in row.encoder.lower()]
+    if encoder is not None and not chosen:
+        raise unknown_name(
+            "encoder of the paper", encoder, {row.encoder for row in presets()}, listing="vlmx list rows"
+        )
+    if as_json:
+        click.echo(json.dumps([{"name": row.name, **asdict(row)} for row in chosen], indent=1))
+        return
+    cells = [
+        [row.name, row.encoder, "+".join(row.backbones), _size(row.res), row.connector, str(row.tokens)]
+        for row in chosen
+    ]
+    table(["row", "encoder", "backbone", "HxW", "connector", "tokens"], cells)
 
 
 @list_.command()
@@ -120,6 +198,13 @@ def runs(root: Path, as_json: bool) -> None:
         click.echo(json.dumps([{"name": run.name, **run.status} for run in found], indent=1))
     else:
         table(["run", "state", "started"], [[run.name, run.status["state"], run.status["started"]] for run in found])
+
+
+def _show(facts: Sequence[tuple[str, str]]) -> None:
+    """Names and what they are, below each other, on stdout."""
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        click.echo(f"{name:<{width}}  {value}")
 
 
 def _names(names: list[str], as_json: bool) -> None:

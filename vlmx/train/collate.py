@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlmx.cache_specs.reader import TokenReader
+from vlmx.cache_specs.token_source import TokenSource
 from vlmx.data.records import Conversation
 from vlmx.models.prompts import IGNORED, EncodedConversation, Prompt
 from vlmx.models.vlm import Batch
@@ -57,7 +57,7 @@ class Collator:
 
     Args:
         prompt: turns conversations into token ids.
-        reader: the cache.
+        reader: the cache, or several joined ones.
         image_ids: content id by the data's image key.
         isolated: turns of a conversation do not see each other, and positions start again in each.
         by_answer: every answer weighs the same in the loss, however many tokens it has.
@@ -69,7 +69,7 @@ class Collator:
     def __init__(
         self,
         prompt: Prompt,
-        reader: TokenReader,
+        reader: TokenSource,
         image_ids: dict[str, str],
         *,
         isolated: bool,

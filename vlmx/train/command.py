@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from vlmx.runs import RunFolder
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from vlmx.cache_specs.presets import Preset
     from vlmx.train.settings import TrainConfig
 
 EPILOG = """
@@ -24,9 +26,11 @@ Examples
   vlmx train --cache vit-mini-scenes --connector mlp2
   vlmx train --cache vit-mini-scenes optim.lr=5e-4 max_steps=200 --out runs/try
   vlmx train --out runs/try --resume
+  vlmx train --cache vit-mini-scenes --cache vmamba-mini-scenes
   torchrun --nproc-per-node 2 -m vlmx train --cache vmamba-mini-scenes
   torchrun --nproc-per-node 8 -m vlmx train --cache vmamba-s-coco@512 \\
       --config paper --llm models/vicuna-7b --data llava_v1_5_mix665k.json
+  vlmx train --row dinov2-l+siglip-so400m-384@384/mlp3 --llm models/vicuna-7b --data llava_v1_5_mix665k.json
 
 `vlmx train --keys` lists all keys with their defaults.
 """
@@ -38,6 +42,14 @@ def _complete_connector(ctx: click.Context, param: click.Parameter, incomplete: 
     from vlmx.models.connectors import CONNECTORS
 
     return [CompletionItem(name) for name in CONNECTORS.names() if name.startswith(incomplete)]
+
+
+def _complete_row(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from vlmx.cache_specs.presets import presets
+
+    return [CompletionItem(row.name) for row in presets() if row.name.startswith(incomplete)]
 
 
 def _complete_preset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -59,9 +71,23 @@ def _list_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 @click.command("train", epilog=EPILOG, short_help="Train a connector and a language model on a cache.")
-@click.option("--cache", metavar="NAME", shell_complete=complete_caches, help="Cache: name, prefix of it, or path.")
+@click.option(
+    "--cache",
+    "cache_names",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=complete_caches,
+    help="Cache: name, prefix of it, or path. Given twice, the tokens of both are joined on the channel axis.",
+)
 @click.option("--caches", metavar="FOLDER", default="caches", show_default=True, help="Folder of all caches.")
 @click.option("--connector", metavar="NAME", shell_complete=_complete_connector, help="linear, mlp2, mlp3.")
+@click.option(
+    "--row",
+    "row_name",
+    metavar="ROW",
+    shell_complete=_complete_row,
+    help="A row of the paper (vlmx list rows): its cache or caches, and its connector.",
+)
 @click.option("--llm", metavar="LLM", help="mini, a Hugging Face folder, or a hub id.")
 @click.option("--data", metavar="DATA", help="mini, or a LLaVA-style .json or .jsonl file.")
 @click.option(
@@ -75,9 +101,10 @@ def _list_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 @click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_list_keys, help="List all keys.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(
-    cache: str | None,
+    cache_names: tuple[str, ...],
     caches: str,
     connector: str | None,
+    row_name: str | None,
     llm: str | None,
     data: str | None,
     config: str | None,
@@ -92,11 +119,14 @@ def train(
     processes under torchrun.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    options = {"cache": cache, "connector": connector, "llm": llm, "data": data}
+    options = {"cache": "+".join(cache_names) or None, "connector": connector, "llm": llm, "data": data}
     try:
+        row = _row(row_name)
+        if row is not None:
+            _fill_in(options, row, list(overrides), Path(caches))
         folder, resolved = _resolve(options, config, list(overrides), out, resume)
         if folder is None or not _is_finished(folder, resume):
-            folder = _run(resolved, Path(caches), folder, world_size, resume)
+            folder = _run(resolved, row, Path(caches), folder, world_size, resume)
     except VlmxError as error:
         if world_size == 1:
             raise
@@ -112,6 +142,23 @@ def train(
         from vlmx.train.parallel import exit_now
 
         exit_now(0)
+
+
+def _row(name: str | None) -> Preset | None:
+    from vlmx.cache_specs.presets import preset
+
+    return None if name is None else preset(name)
+
+
+def _fill_in(options: dict[str, str | None], row: Preset, overrides: Sequence[str], caches: Path) -> None:
+    """Set the options that follow from the row and are not given."""
+    from vlmx.train.rows import cache_of
+
+    given = {item.partition("=")[0] for item in overrides} | {key for key, value in options.items() if value}
+    if "cache" not in given:
+        options["cache"] = cache_of(row, caches, options["data"] or "DATA")
+    if "connector" not in given:
+        options["connector"] = row.connector
 
 
 def _resolve(
@@ -130,7 +177,10 @@ def _resolve(
         return run.path, load_config(TrainConfig, None, [], **run.config)
     preset = config or ("mini" if (options["data"] or "mini") == "mini" else "paper")
     if config is None and options["cache"] is None and not any(item.startswith("cache=") for item in overrides):
-        raise UsageError("--cache is missing", fix="name a cache that `vlmx extract` made (vlmx list caches)")
+        raise UsageError(
+            "--cache is missing",
+            fix="name a cache that `vlmx extract` made (vlmx list caches), or a row of the paper (vlmx list rows)",
+        )
     resolved = load_config(TrainConfig, preset_path(preset), overrides, **options)
     return Path(out) if out else None, resolved
 
@@ -155,14 +205,19 @@ def _is_finished(folder: Path, resume: bool) -> bool:
     return False
 
 
-def _run(config: TrainConfig, caches: Path, folder: Path | None, world_size: int, resume: bool) -> Path:
+def _run(
+    config: TrainConfig, row: Preset | None, caches: Path, folder: Path | None, world_size: int, resume: bool
+) -> Path:
     from vlmx.train.loop import train as train_run
     from vlmx.train.parallel import join, leave
     from vlmx.train.plan import make_plan
+    from vlmx.train.rows import require_row
 
     plan = make_plan(config, caches=caches, world_size=world_size)
+    if row is not None:
+        require_row(plan, row)
     if folder is None:
-        folder = Path("runs") / f"{plan.reader.path.name}-{plan.config.connector}-{Path(plan.config.data).stem}"
+        folder = Path("runs") / f"{plan.reader.name}-{plan.config.connector}-{Path(plan.config.data).stem}"
         if _is_finished(folder, resume):
             return folder
     if resume and (folder / "status.json").exists():

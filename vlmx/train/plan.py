@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmx.cache_specs.ids import ImageTable, table_path
-from vlmx.cache_specs.reader import TokenReader, open_cache
+from vlmx.cache_specs.reader import open_cache
+from vlmx.cache_specs.token_source import DEFAULT_ROOT, TokenSource, extract_commands
 from vlmx.data.mixtures import load_mixture
 from vlmx.data.records import Conversation
 from vlmx.errors import CacheError, DataError, UsageError
@@ -15,7 +16,6 @@ from vlmx.train.sampler import steps_an_epoch
 from vlmx.train.settings import TrainConfig
 
 SHOWN = 5
-DEFAULT_CACHES = Path("caches")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class TrainPlan:
     """A training whose names all exist and whose images are all there.
 
     Attributes:
-        config: as given, with the cache's full name, or its path if it is not in the default root.
-        reader: the cache.
+        config: as given, with the cache's full name (or names), or its path if it is not in the default root.
+        reader: the cache, or several joined ones.
         conversations: what is trained on, in the data's order.
         image_ids: content id of each conversation's image, by the data's own key.
         steps_per_epoch: optimiser steps a pass over the data takes.
@@ -34,7 +34,7 @@ class TrainPlan:
     """
 
     config: TrainConfig
-    reader: TokenReader
+    reader: TokenSource
     conversations: tuple[Conversation, ...]
     image_ids: dict[str, str]
     steps_per_epoch: int
@@ -55,7 +55,7 @@ def make_plan(config: TrainConfig, *, caches: Path, world_size: int) -> TrainPla
     CONNECTORS.get(config.connector)
     micro_batch = divided_batch(config, world_size)
     reader = open_cache(config.cache, caches)
-    name = reader.path.name if reader.path.parent == DEFAULT_CACHES else str(reader.path)
+    name = "+".join(p.path.name if p.path.parent == DEFAULT_ROOT else str(p.path) for p in reader.parts)
     mixture = load_mixture(config.data)
     conversations, image_ids, dropped = _with_images(mixture.conversations, config, reader, mixture.name)
     if not conversations:
@@ -73,10 +73,9 @@ def make_plan(config: TrainConfig, *, caches: Path, world_size: int) -> TrainPla
     )
 
 
-def _untrained(reader: TokenReader) -> tuple[str, ...]:
-    if not reader.spec.random_weights:
-        return ()
-    return (f"the encoder {reader.spec.backbone} is untrained ({reader.spec.weights_sha256})",)
+def _untrained(reader: TokenSource) -> tuple[str, ...]:
+    specs = [part.spec for part in reader.parts if part.spec.random_weights]
+    return tuple(f"the encoder {spec.backbone} is untrained ({spec.weights_sha256})" for spec in specs)
 
 
 def divided_batch(config: TrainConfig, world_size: int) -> int:
@@ -98,7 +97,7 @@ def divided_batch(config: TrainConfig, world_size: int) -> int:
 
 
 def _with_images(
-    conversations: tuple[Conversation, ...], config: TrainConfig, reader: TokenReader, data_name: str
+    conversations: tuple[Conversation, ...], config: TrainConfig, reader: TokenSource, data_name: str
 ) -> tuple[tuple[Conversation, ...], dict[str, str], tuple[str, ...]]:
     """Conversations whose image has tokens, those images' content ids, and a note on what was left out.
 
@@ -107,16 +106,13 @@ def _with_images(
     keys = list(dict.fromkeys(c.image for c in conversations if c.image is not None))
     if not keys:
         return conversations, {}, ()
-    root, name = reader.path.parent, config.images or data_name
-    weights = f" --weights {reader.spec.weights_sha256}" if reader.spec.random_weights else ""
-    command = (
-        f"vlmx extract --backbone {reader.spec.backbone} --res {reader.spec.resolution}{weights} --data {config.data}"
-    )
+    root, name = reader.root, config.images or data_name
+    commands = extract_commands(reader.parts, config.data)
     if not table_path(root, name).is_file():
         raise DataError(
             f"the images of '{config.data}' were never extracted",
             why=f"{root} has no image table '{name}'",
-            fix=f"{command}; or set images=NAME if they were extracted under another name",
+            fix=f"{commands}; or set images=NAME if they were extracted under another name",
         )
     table = ImageTable.open(root, name)
     unknown = [key for key in keys if key not in table]
@@ -124,7 +120,7 @@ def _with_images(
         raise CacheError(
             f"{len(unknown)} of {len(keys)} images of '{config.data}' were never extracted",
             why=f"the first are {', '.join(unknown[:SHOWN])}",
-            fix=f"{command} adds them, and encodes nothing twice",
+            fix=f"{commands} adds them, and encodes nothing twice",
         )
     broken = table.failed()
     image_ids = {key: table.id_of(key) for key in keys if key not in broken}

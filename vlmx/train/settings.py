@@ -44,7 +44,9 @@ class CheckpointConfig(Config):
 class TrainConfig(Config):
     """One training run of a connector and an LLM on one cache."""
 
-    cache: str = Field(description="cache with the visual tokens: name, unambiguous prefix, or path")
+    cache: str = Field(
+        description="cache with the visual tokens: name, unambiguous prefix, or path; A+B joins two on the channels"
+    )
     data: str = Field(default="mini", description="conversations: mini, or a LLaVA-style .json or .jsonl file")
     images: str | None = Field(
         default=None, description="image table of the data; null: named like the data (extract --name)"

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlmx.cache_specs.catalog import stem
 from vlmx.console import note
-from vlmx.errors import RunError
+from vlmx.errors import RunError, UnknownNameError
 from vlmx.evaluate.aggregate import Averages, averages_by_questions
 from vlmx.evaluate.answers import answered_benchmarks
 from vlmx.evaluate.compare import Difference
@@ -106,7 +107,7 @@ def collect(runs: Sequence[RunFolder], *, caches: Path) -> Report:
         raise RunError("two of the runs have the same name", why=", ".join(names), fix="rename one of the folders")
     data = [_read_run(run, caches) for run in runs]
     if len({run.cache for run in data}) > len({run.encoder for run in data}):  # one backbone at several sizes
-        data = [replace(run, encoder=run.cache.rpartition("-")[0]) for run in data]
+        data = [replace(run, encoder=stem(run.cache)) for run in data]
     kinds = {name: score.kind for run in data for name, score in run.scores.items()}
     text = [name for name, kind in kinds.items() if kind == "text"]
     boxes = [name for name, kind in kinds.items() if kind == "box"]
@@ -159,7 +160,7 @@ def _read_run(run: RunFolder, caches: Path) -> RunData:
         data=str(run.config.get("data", "")),
         cache=first.cache,
         fingerprint=first.fingerprint,
-        spec=_spec(caches / first.cache),
+        spec=_spec(first.cache, caches),
         scores=scores,
         control_scores=control_scores,
         grades=grades,
@@ -196,13 +197,14 @@ def _pooled(scores: Mapping[str, Score], grades: Mapping[str, Sequence[Grade]]) 
     return result
 
 
-def _spec(cache: Path) -> dict[str, Any]:
-    from vlmx.cache_specs.manifest import read_manifest
+def _spec(cache: str, caches: Path) -> dict[str, Any]:
+    from vlmx.cache_specs.reader import open_cache
 
-    if not cache.is_dir():
-        note(f"the cache {cache.name} is not at hand, so the report lacks its spec: give its folder with --caches")
+    try:
+        return open_cache(cache, caches, allow_partial=True).spec.to_dict()
+    except UnknownNameError:
+        note(f"the cache {cache} is not at hand, so the report lacks its spec: give its folder with --caches")
         return {}
-    return read_manifest(cache).header.spec.to_dict()
 
 
 def _json(path: Path) -> dict[str, Any]:

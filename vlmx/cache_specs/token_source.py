@@ -1,0 +1,189 @@
+"""What can phase two ask of visual tokens, whether they lie in one cache or side by side in several?
+
+Shapes: out_BND [images, tokens, channels] in storage dtype (bfloat16 as the uint16 of its bits).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmx.cache_specs.spec import DType, TokenShape
+from vlmx.errors import CacheError, SpecMismatchError
+
+if TYPE_CHECKING:
+    from vlmx.cache_specs.fused import TokenSpec
+    from vlmx.cache_specs.reader import TokenReader
+
+DEFAULT_ROOT = Path("caches")
+
+
+class TokenSource(ABC):
+    """Random access to visual tokens, by image id: a `TokenReader`, or a `FusedReader` over several of them.
+
+    Any number of threads may read from one source, and it may be handed to other processes, forked or spawned.
+
+    Attributes:
+        spec: the identity of the tokens.
+        shape: token grid and width of one image.
+        ids: the images that have tokens, as keys.
+        failed: image id -> why it could not be decoded.
+        sealed: whether the extraction came to its end.
+    """
+
+    spec: TokenSpec
+    shape: TokenShape
+    ids: Mapping[str, int]
+    failed: Mapping[str, str]
+    sealed: bool
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[TokenReader, ...]:
+        """The caches, in the order of their channels."""
+
+    @abstractmethod
+    def read(self, ids: Sequence[str], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """The tokens of `ids`, in that order; an id may come more than once.
+
+        Args:
+            ids: image ids.
+            out: filled and returned when given: [len(ids), tokens, channels], C-contiguous, `storage_dtype`.
+
+        Returns:
+            [len(ids), tokens, channels] in storage dtype.
+
+        Raises:
+            CacheError: the cache lacks images (`require`).
+            CacheCorruptError: bytes are not what was written; names the shard and the image.
+        """
+
+    def read_float32(self, ids: Sequence[str]) -> NDArray[np.float32]:
+        """As `read`, converted to float32 without loss."""
+        stored_BND = self.read(ids)
+        if self.logical_dtype == "bfloat16":
+            return (stored_BND.astype(np.uint32) << 16).view(np.float32)
+        return stored_BND.astype(np.float32, copy=False)
+
+    def _room(self, ids: Sequence[str], out: NDArray[Any] | None) -> NDArray[Any]:
+        """`out`, checked, or a new array for the tokens of `ids`."""
+        shape = (len(ids), self.shape.num_tokens, self.shape.dim)
+        if out is None:
+            out = np.empty(shape, dtype=self.storage_dtype)
+        assert out.shape == shape, (out.shape, shape)
+        assert out.dtype == self.storage_dtype, (out.dtype, self.storage_dtype)
+        assert out.flags.c_contiguous
+        return out
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, joined with + where there are several."""
+        return "+".join(part.path.name for part in self.parts)
+
+    @property
+    def root(self) -> Path:
+        """The folder that the (first) cache lies in."""
+        return self.parts[0].path.parent
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image."""
+        return self.shape.num_tokens
+
+    @property
+    def logical_dtype(self) -> DType:
+        """What the numbers are; bfloat16 comes as the uint16 of its bits."""
+        return self.spec.dtype
+
+    @property
+    def storage_dtype(self) -> np.dtype[Any]:
+        """dtype of what `read` gives."""
+        return np.dtype(self.spec.storage_dtype)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, image: str) -> bool:
+        return image in self.ids
+
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """Those of `ids` that have no tokens here, each once, in order of appearance."""
+        return [image for image in dict.fromkeys(ids) if image not in self.ids]
+
+    def require_spec(self, spec: TokenSpec) -> None:
+        """Make sure that these are the tokens of `spec`.
+
+        Raises:
+            SpecMismatchError: they are not; the message lists every field that differs.
+        """
+        if type(self.spec) is type(spec):
+            differences = self.spec.differences(spec)  # type: ignore[arg-type]  # equal types, as was just checked
+        else:
+            differences = [f"caches: {self.spec.name}, not {spec.name}"]
+        if differences:
+            raise SpecMismatchError(
+                f"cache {self.name} was made with another spec than {spec.name}",
+                why="; ".join(differences),
+                fix=f"use the cache {spec.name}, or extract it",
+            )
+
+    def require(self, ids: Iterable[str], *, data: str = "") -> None:
+        """Make sure that all of `ids` have tokens.
+
+        Args:
+            ids: image ids.
+            data: what they are images of, as `vlmx extract --data` takes it; named in the error.
+
+        Raises:
+            CacheError: how many are missing, in which cache, the first few, and the commands that make them.
+        """
+        wanted = list(dict.fromkeys(ids))
+        lacking = {part: missing for part in self.parts if (missing := part.missing(wanted))}
+        if not lacking:
+            return
+        raise CacheError(
+            "; ".join(
+                f"{len(ids)} of {len(wanted)} images are not in cache {part.name}" for part, ids in lacking.items()
+            ),
+            why="; ".join(_examples(part, missing) for part, missing in lacking.items()),
+            fix=f"{extract_commands(lacking, data or 'DATA')} adds them, and encodes nothing twice",
+        )
+
+
+def _examples(part: TokenReader, missing: Sequence[str]) -> str:
+    few = ", ".join(image[:12] for image in missing[:3]) + (", ..." if len(missing) > 3 else "")
+    broken = [image for image in missing if image in part.failed]
+    if not broken:
+        return f"the first are {few}"
+    return f"the first are {few}; {len(broken)} of them could not be decoded, e.g. {part.failed[broken[0]]}"
+
+
+def extract_commands(parts: Iterable[TokenReader], data: str) -> str:
+    """What to type so that each of these caches gets the images of `data`: a command for each, joined with &&."""
+    return " && ".join(_extract_command(part, data) for part in parts)
+
+
+def _extract_command(part: TokenReader, data: str) -> str:
+    spec = part.spec
+    words = ["vlmx extract --backbone", spec.backbone, "--res", spec.resolution]
+    words += ["--weights", spec.weights_sha256] if spec.random_weights else []
+    words += ["--dtype", spec.dtype] if spec.dtype != "float16" else []
+    words += _encoder_options(part.path)
+    words += ["--data", data]
+    words += ["--out", str(part.path.parent)] if part.path.parent != DEFAULT_ROOT else []
+    return " ".join(words)
+
+
+def _encoder_options(cache: Path) -> list[str]:
+    """The options of the encoder that made a cache, as `vlmx extract` takes them; all its extractions had the same."""
+    from vlmx.cache_specs.audit import read_runs
+
+    words: list[str] = []
+    for name, value in (read_runs(cache) or [{}])[0].get("options", {}).items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
