@@ -136,6 +136,10 @@ def test_list_backbones() -> None:
     assert facts["url"].endswith(facts["checkpoint"])
     assert facts["mean"] == "0.485, 0.456, 0.406"
     assert {"allowed sizes", "licence", "published size", "frozen parameters"} <= set(facts)
+    everything = listed("backbones", "--long").split("\n\n")
+    assert len(everything) == len(rows)
+    assert all("\nurl " in each and "\nlicence " in each for each in everything)
+    assert len(listed("backbones", "--long", "--family", "vim").split("\n\n")) == 5
     for wrong in (["backbones", "--family", "vmanba"], ["backbones", "vmamba-s-coca"]):
         with pytest.raises(UnknownNameError, match="did you mean"):
             list_(wrong, standalone_mode=False)

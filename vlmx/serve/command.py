@@ -70,23 +70,21 @@ def _complete_family(ctx: click.Context, param: click.Parameter, incomplete: str
 @list_.command()
 @click.argument("name", required=False, shell_complete=complete_backbone)
 @click.option("--family", shell_complete=_complete_family, help="Only this family, e.g. vmamba.")
+@click.option("--long", "long_", is_flag=True, help="Everything about each: sizes, checkpoint, URL, licence, ...")
 @_JSON
-def backbones(name: str | None, family: str | None, as_json: bool) -> None:
+def backbones(name: str | None, family: str | None, long_: bool, as_json: bool) -> None:
     """The vision encoders; with NAME everything about one of them."""
     from vlmx.extract.backbones import catalogue
 
-    chosen = [catalogue.row(name)] if name else catalogue.rows()
-    if family is not None:
-        families = {row.family for row in catalogue.rows()}
-        if family not in families:
-            raise unknown_name("family", family, families, listing="vlmx list backbones")
-        chosen = [row for row in chosen if row.family == family]
+    chosen = [catalogue.row(name)] if name else catalogue.rows(family)
     if as_json:
         more = [{"tokens": row.num_tokens, "allowed_sizes": row.allowed_sizes} for row in chosen]
         click.echo(json.dumps([{**asdict(row), **facts} for row, facts in zip(chosen, more, strict=True)], indent=1))
         return
-    if name:
-        for row in chosen:
+    if name or long_:
+        for number, row in enumerate(chosen):
+            if number:
+                click.echo("")
             _show(_facts(row))
         return
     cells = [
@@ -103,7 +101,7 @@ def backbones(name: str | None, family: str | None, as_json: bool) -> None:
     ]
     table(["backbone", "pretraining", "native HxW", "tokens", "width", "frozen", "published"], cells)
     note("frozen: parameters that run here; published: as the paper prints them, often with a detector's heads")
-    note("vlmx list backbones NAME: sizes, checkpoint, licence, normalisation")
+    note("vlmx list backbones NAME, or --long for all: allowed sizes, checkpoint, URL, licence, normalisation")
 
 
 def _facts(row: BackboneRow) -> list[tuple[str, str]]:
