@@ -149,6 +149,15 @@ def test_state_space_blocks(shared: Path, unit: str) -> None:
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
+def assert_is_stored(found: Tensor, stored: Any, output: str, tolerance: float) -> None:
+    """Shape, subsampled values, and mean, deviation, least and greatest value over the whole tensor."""
+    assert list(found.shape) == stored[f"{output}__shape"].tolist()
+    assert np.abs(transformers_subsample(found) - stored[output]).max() <= tolerance
+    values = found.double()
+    statistics = [values.mean(), values.std(correction=0), values.min(), values.max()]
+    np.testing.assert_allclose([float(each) for each in statistics], stored[f"{output}__stats"], atol=tolerance, rtol=0)
+
+
 def transformers_manifest(shared: Path, name: str) -> list[list[Any]]:
     described = json.loads((shared / f"golden/transformers/{name}.manifest.json").read_text())
     if "entries" not in described:
@@ -195,8 +204,7 @@ def test_mini_transformers(shared: Path, case: str, res: tuple[int, int], output
     with torch.no_grad():
         found = as_map(net(transformers_image(*res)), net.grid)
     stored = golden(shared / f"golden/transformers/{case}_{res[0]}x{res[1]}.npz")
-    assert list(found.shape) == stored[f"{output}__shape"].tolist()
-    assert np.abs(transformers_subsample(found) - stored[output]).max() <= tolerance
+    assert_is_stored(found, stored, output, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +232,7 @@ def test_dense_transformers(
     options = {"feature": output} if output == "p4" else {}
     backbone = build_backbone(name, res=res, weights=weights, **options)
     found = as_map(backbone(transformers_image(*res)), backbone.grid)
-    assert list(found.shape) == stored[f"{output}__shape"].tolist()
-    assert np.abs(transformers_subsample(found) - stored[output]).max() <= tolerance
+    assert_is_stored(found, stored, output, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +255,7 @@ def test_timm_encoders(shared: Path, name: str, case: str, side: int, tolerance:
     options = {"block": -1} if output == "last_block_tokens" else {}
     backbone = build_backbone(name, res=(side, side), weights=weights, **options)
     tokens_BND = backbone(transformers_image(side, side))
-    assert list(tokens_BND.shape) == stored[f"{output}__shape"].tolist()
-    assert np.abs(transformers_subsample(tokens_BND) - stored[output]).max() <= tolerance
+    assert_is_stored(tokens_BND, stored, output, tolerance)
 
 
 def test_fill_rule_of_the_state_space_set(shared: Path) -> None:

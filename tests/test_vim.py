@@ -108,16 +108,6 @@ def test_tiny_gives_the_reference_tokens_and_all_between(shared: Path, tiny_weig
         assert_close_to_golden(kept, golden[name], std=described[name]["std"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["T-ft", "S"])
-def test_other_sizes_give_the_reference_tokens(shared: Path, variant: str) -> None:
-    weights = fill_ssm(manifest_of(shared, f"manifests/vim_{variant}.json"))
-    tokens_BNC = build_backbone(row_name(variant), res=SIZE, weights=weights)(ssm_image(*SIZE))
-    described, golden = golden_case(shared, variant)
-    assert list(tokens_BNC.shape) == described["tokens"]["shape"]
-    assert_close_to_golden(ssm_subsample(tokens_BNC), golden["tokens"], std=described["tokens"]["std"])
-
-
 def test_files_of_distributed_training_load_too(tiny_weights: dict[str, Tensor]) -> None:
     weights = {f"module.{name}": value for name, value in tiny_weights.items()}
     net = build_backbone(row_name("T"), res=SIZE, weights=weights).net

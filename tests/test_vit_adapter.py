@@ -1,4 +1,4 @@
-"""Is our ViT-Adapter the published network? Names, shapes and tokens against the reference; precisions; its parts."""
+"""Are ViT-Adapter's names, shapes, sizes and parts the published ones? (Its tokens: test_golden.)"""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from golden_fill import fill_transformers, transformers_image, transformers_subsample
+from golden_fill import fill_transformers, transformers_image
 from torch import Tensor
 
 from vlmx.errors import UsageError
@@ -20,7 +19,6 @@ from vlmx.extract.backbones.adapter_trunks import relative_position_index
 from vlmx.extract.backbones.base import Backbone, build_backbone, fit_problems
 from vlmx.extract.backbones.vit_adapter import ViTAdapter, build
 
-ATOL = 5e-5  # what separates rounding from a mistake; outputs have a standard deviation of 1.9 to 3.1
 MINI = {
     "embed_dim": 96,
     "depth": 4,
@@ -74,55 +72,6 @@ def mini_net(case: str, res: tuple[int, int] = (128, 128)) -> ViTAdapter:
     own = net.state_dict()
     net.load_state_dict(fill_transformers([[name, value.shape, str(value.dtype)[6:]] for name, value in own.items()]))
     return net.eval()
-
-
-def assert_is_golden_f4(shared: Path, case: str, res: tuple[int, int], tokens_BND: Tensor) -> None:
-    golden = np.load(shared / f"golden/transformers/{case}_{res[0]}x{res[1]}.npz")
-    rows, columns = res[0] // 32, res[1] // 32
-    map_BDHW = tokens_BND.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
-    assert list(map_BDHW.shape) == golden["f4__shape"].tolist()
-    difference = np.abs(transformers_subsample(map_BDHW) - golden["f4"])
-    assert difference.max() <= ATOL, difference.max()
-    mean, std, least, greatest = golden["f4__stats"]
-    values = map_BDHW.double()
-    found = [values.mean(), values.std(correction=0), values.min(), values.max()]
-    np.testing.assert_allclose([float(each) for each in found], [mean, std, least, greatest], atol=ATOL, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("case", "res"),
-    [
-        ("vit_adapter_mini", (128, 128)),
-        ("vit_adapter_mini", (96, 160)),
-        ("beit_adapter_mini", (128, 128)),
-        ("uniperceiver_adapter_mini", (128, 128)),
-        ("uniperceiver_adapter_mini", (96, 160)),
-    ],
-)
-@torch.no_grad()
-def test_small_networks_give_the_reference_tokens(shared: Path, case: str, res: tuple[int, int]) -> None:
-    net = build(replace(catalogue.row("adapter-deit-s-ade20k"), arch=MINIS[case]), res).eval()
-    net.load_state_dict(net.adapt_state_dict(filled(manifest_of(shared, case))), strict=True)
-    assert_is_golden_f4(shared, case, res, net(transformers_image(*res)))
-
-
-@pytest.mark.parametrize(
-    ("name", "case", "res"),
-    [
-        ("adapter-augreg-t-ade20k", "vit_adapter_augreg_t", (256, 256)),
-        ("adapter-deit-s-ade20k", "vit_adapter_deit_s", (192, 320)),
-        ("adapter-deit-s-ade20k", "vit_adapter_deit_s", (256, 256)),
-        pytest.param("adapter-deit-s-ade20k", "vit_adapter_deit_s", (512, 512), marks=pytest.mark.slow),
-        # The outputs of the two large ones are not in every set of the reference data.
-        pytest.param("adapter-uniperceiver-l-ade20k", "uniperceiver_adapter_l", (512, 512), marks=pytest.mark.slow),
-        pytest.param("adapter-beit-l-640-ade20k", "beit_adapter_l_640", (640, 640), marks=pytest.mark.slow),
-    ],
-)
-def test_published_networks_give_the_reference_tokens(shared: Path, name: str, case: str, res: tuple[int, int]) -> None:
-    if not (shared / f"golden/transformers/{case}_{res[0]}x{res[1]}.npz").exists():
-        pytest.skip(f"the reference data lacks the outputs of {case}")
-    backbone = build_backbone(name, res=res, weights=filled(manifest_of(shared, case)))
-    assert_is_golden_f4(shared, case, res, backbone(transformers_image(*res)))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
