@@ -143,7 +143,7 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(case: str) -> None:
         torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)),
     )
     together = net(torch.cat([first, second]))
-    torch.testing.assert_close(together, torch.cat([net(first), net(second)]), atol=ATOL, rtol=0)
+    torch.testing.assert_close(together, torch.cat([net(first), net(second)]), atol=5e-5, rtol=0)
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
 
