@@ -92,9 +92,9 @@ class BackboneSuite:
 
     def check_shapes(self) -> None:
         """(B, N, D) finite tokens; N = rows * columns of the grid."""
-        tokens_BND = self.backbone(self.images(2))
+        tokens_BND = self.backbone(self.images(1))
         rows, columns = self.backbone.grid
-        assert tokens_BND.shape == (2, rows * columns, self.backbone.dim), tokens_BND.shape
+        assert tokens_BND.shape == (1, rows * columns, self.backbone.dim), tokens_BND.shape
         assert self.backbone.num_tokens == rows * columns
         assert bool(torch.isfinite(tokens_BND).all()), "tokens are not finite"
         assert float(tokens_BND.std()) > 0, "all tokens are the same"
