@@ -97,7 +97,7 @@ def test_options_keep_everything_that_is_built_in_use(name: str, options: dict[s
         ("adapter-deit-s-ade20k", ("ViTBlock",), 12),
         ("adapter-deit-s-ade20k", ("Extractor",), 4 + 2),
         ("adapter-deit-s-ade20k", ("ConvTranspose2d",), 0),  # it makes f1, which nobody asked for
-        ("vmamba-t-in1k", ("Linear",), 4 * (2 + 2 + 8)),  # in, out, fc1, fc2: no classifier
+        ("vmamba-t-in1k", ("SS2D", "Mlp"), 2 * (2 + 2 + 8)),
     ],
 )
 def test_nothing_runs_after_the_tap(name: str, kinds: tuple[str, ...], ran: int) -> None:
@@ -148,13 +148,28 @@ def test_drop_path_dropout_and_batch_norm_stay_in_eval_mode() -> None:
     assert not torch.equal(net(images(4)), before)  # the network itself would have given other tokens
 
 
-def test_a_built_backbone_is_not_cast() -> None:
-    backbone = build_backbone("vmamba-mini-scenes", res=RES, dtype=torch.bfloat16)
-    assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16, torch.float32}
+@pytest.mark.parametrize("name", ["vmamba-mini-scenes", "maxvit-mini-scenes"])
+def test_a_built_backbone_is_not_cast(name: str) -> None:
+    backbone = build_backbone(name, res=RES, dtype=torch.bfloat16)
+    dtypes = {key: value.dtype for key, value in backbone.state_dict().items()}
+    assert {torch.bfloat16, torch.float32} <= set(dtypes.values())
     backbone.to("cpu")
+    backbone.to("cpu", torch.bfloat16)
+    nn.Sequential(backbone).bfloat16()
+    assert {key: value.dtype for key, value in backbone.state_dict().items()} == dtypes
     for cast in (backbone.half, backbone.float, lambda: backbone.to(torch.float16)):
         with pytest.raises(UsageError, match=r"build it with dtype=torch\.float"):
             cast()
+    with pytest.raises(UsageError, match=r"cannot be cast to torch\.float64; .*leave it as it is"):
+        backbone.double()
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_autocast_around_a_backbone_changes_nothing(name: str) -> None:
+    backbone = build_backbone(name, res=RES)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = backbone(images(1))
+    assert torch.equal(inside, backbone(images(1)))
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

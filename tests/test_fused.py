@@ -13,7 +13,7 @@ from cache_samples import spec_of, tokens_of
 from tiny_llm import write_tiny_llm
 
 from vlmx.cache_specs import fused
-from vlmx.cache_specs.catalog import backbone_of, stem
+from vlmx.cache_specs.catalog import backbone_of, find, stem
 from vlmx.cache_specs.fused import FusedReader, FusedSpec, spec_from_dict
 from vlmx.cache_specs.geometry import Geometry
 from vlmx.cache_specs.ids import image_id
@@ -218,8 +218,11 @@ def test_names_of_joined_caches(tmp_path: Path) -> None:
     assert open_cache(spec.name, folder).spec == spec
     with pytest.raises(UnknownNameError, match=r"unknown cache 'a2'.*did you mean|unknown cache 'a2'"):
         open_cache("b@+a2", folder)
-    with pytest.raises(UnknownNameError, match="unknown cache ''"):
+    with pytest.raises(CacheError, match=r"'a\+' lacks a cache beside a \+"):
         open_cache("a+", folder)
+    assert open_cache("a@ + b@", folder).spec.backbone == "a+b"
+    with pytest.raises(CacheError, match=r"'a@\+b@' is 2 caches"):
+        find(folder, "a@+b@")
     with pytest.raises(CacheError, match="'b' is more than one cache"):
         open_cache("a+b", folder)
 

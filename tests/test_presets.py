@@ -140,6 +140,8 @@ def test_list_backbones() -> None:
     assert len(everything) == len(rows)
     assert all("\nurl " in each and "\nlicence " in each for each in everything)
     assert len(listed("backbones", "--long", "--family", "vim").split("\n\n")) == 5
+    with pytest.raises(UsageError, match="a name and --family"):
+        list_(["backbones", "vit-b-in1k", "--family", "vim"], standalone_mode=False)
     for wrong in (["backbones", "--family", "vmanba"], ["backbones", "vmamba-s-coca"]):
         with pytest.raises(UnknownNameError, match="did you mean"):
             list_(wrong, standalone_mode=False)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vlmx.errors import UnknownNameError, UsageError, WeightsError
 from vlmx.extract.backbones import catalogue
-from vlmx.extract.backbones.base import build_backbone, fit_problems
+from vlmx.extract.backbones.base import build_backbone
+from vlmx.extract.backbones.loading import fit_problems
 from vlmx.extract.backbones.timm_models import build_classifier, build_maxvit, build_vit
 from vlmx.extract.plan import spec_of
 from vlmx.testing.backbones import unused_parameters

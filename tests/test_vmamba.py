@@ -203,8 +203,8 @@ def test_keys_shapes_and_values_are_checked_and_named(published: dict[str, Tenso
     with pytest.raises(WeightsError) as caught:
         mini(bad)
     for problem in (
-        "1 keys are missing: patch_embed.5.bias",
-        "1 keys are unexpected: layers.0.blocks.0.surprise",
+        "1 key is missing: patch_embed.5.bias",
+        "1 key is unexpected: layers.0.blocks.0.surprise",
         "patch_embed.0.bias is (3,), needed (16,)",
         "NaN or infinity: patch_embed.2.bias",
     ):
@@ -212,5 +212,5 @@ def test_keys_shapes_and_values_are_checked_and_named(published: dict[str, Tenso
 
 
 def test_a_checkpoint_given_whole_is_refused_with_a_hint(published: dict[str, Tensor]) -> None:
-    with pytest.raises(WeightsError, match=r"not tensors: model, epoch; .*entry 'model'"):
+    with pytest.raises(WeightsError, match=r"no tensors by name: 'model', 'epoch'; .*entry 'model'"):
         mini({"model": published, "epoch": 3})

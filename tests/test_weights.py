@@ -439,5 +439,5 @@ def test_weights_with_nan_are_refused(tmp_path: Path) -> None:
     state = build_backbone("vmamba-mini-scenes", res=(64, 64), weights="random:1").net.state_dict()
     state["patch_embed.0.bias"][3] = float("nan")
     torch.save(state, tmp_path / "mini.pth")
-    with pytest.raises(WeightsError, match=r"1 tensors hold NaN or infinity: patch_embed\.0\.bias"):
+    with pytest.raises(WeightsError, match=r"are damaged; 1 tensor holds NaN or infinity: patch_embed\.0\.bias"):
         build_backbone("vmamba-mini-scenes", res=(64, 64), weights=tmp_path / "mini.pth")

@@ -39,6 +39,12 @@ def find(root: Path, text: str | Path) -> Path:
             why=f"it has no {MANIFEST}",
             fix="give a folder that `vlmx extract` made (vlmx list caches)",
         )
+    if "+" in typed and len(parts := find_parts(root, typed)) > 1:
+        raise CacheError(
+            f"'{typed}' is {len(parts)} caches",
+            why="they are joined when they are read, not on disk",
+            fix=f"name one of them: {', '.join(part.name for part in parts)}",
+        )
     # what users type is compared without the fingerprint, which would hide the likeness; it is a prefix, so it works
     raise unknown_name("cache", typed, {stem(name) for name in names}, listing="vlmx list caches")
 
@@ -49,7 +55,9 @@ def find_parts(root: Path, text: str | Path) -> list[Path]:
     Raises:
         UnknownNameError, CacheError: see `find`.
     """
-    names, pieces = list_caches(root), str(text).split("+")
+    names, pieces = list_caches(root), [piece.strip() for piece in str(text).split("+")]
+    if len(pieces) > 1 and "" in pieces:
+        raise CacheError(f"'{text}' lacks a cache beside a +", fix="write A+B, each a cache's name, prefix or path")
     found = []
     while pieces:
         for count in range(len(pieces), 0, -1):

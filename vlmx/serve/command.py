@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from vlmx.console import note, table
+from vlmx.errors import UsageError
 from vlmx.extract.command import complete_backbone
 from vlmx.registry import unknown_name
 
@@ -76,6 +77,8 @@ def backbones(name: str | None, family: str | None, long_: bool, as_json: bool) 
     """The vision encoders; with NAME everything about one of them."""
     from vlmx.extract.backbones import catalogue
 
+    if name and family:
+        raise UsageError("a name and --family were given", fix="give one of them")
     chosen = [catalogue.row(name)] if name else catalogue.rows(family)
     if as_json:
         more = [{"tokens": row.num_tokens, "allowed_sizes": row.allowed_sizes} for row in chosen]

@@ -66,7 +66,18 @@ class BackboneSuite:
         return self.build(torch.float32)
 
     def build(self, dtype: torch.dtype) -> Backbone:
-        return build_backbone(self.row.name, res=self.res, weights="random:0", dtype=dtype, **self.options)
+        """Random weights; linear layers and convolutions keep the size of what goes through them.
+
+        Fresh initialisations need not: one that training would tame lets rounding errors grow from layer to layer.
+        """
+        backbone = build_backbone(self.row.name, res=self.res, weights="random:0", dtype=dtype, **self.options)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for module in backbone.modules():
+                if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                    fan_in = module.weight[0].numel()
+                    module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / fan_in**0.5)
+        return backbone
 
     def images(self, count: int) -> Tensor:
         """(count, 3, H, W), the same ones at every call."""

@@ -13,10 +13,9 @@ whose keyword-only parameters are the options of that family. It builds only wha
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,10 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from vlmx.console import note
-from vlmx.errors import UsageError, WeightsError
+from vlmx.errors import BackendError, UsageError, WeightsError
 from vlmx.extract import weights as weight_files
 from vlmx.extract.backbones.catalogue import row as catalogue_row
+from vlmx.extract.backbones.loading import build_net, check_overflow, load_strictly
 from vlmx.extract.backbones.row import BackboneRow
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class FamilyNet(nn.Module, ABC):
@@ -60,6 +62,10 @@ class FamilyNet(nn.Module, ABC):
         Raises:
             WeightsError: the checkpoint is recognised as another variant; the message names which.
         """
+
+    def published_name(self, own: str) -> str:
+        """What messages call a parameter: its name in the published file, as far as it differs from the own one."""
+        return own
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -121,19 +127,24 @@ class Backbone(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
-        """What `to`, `cuda`, `half`, ... call: a move to another device is fine, a cast is not.
+        """What `to`, `cuda`, `half`, ... call: it may move, but every tensor keeps its dtype.
 
         Raises:
-            UsageError: `fn` changes the dtype.
+            UsageError: another dtype than the backbone's is asked for.
         """
-        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        if dtype != self.dtype:
+        of_own, of_float32 = (fn(torch.empty(0, dtype=dtype, device="cpu")) for dtype in (self.dtype, torch.float32))
+        if of_own.dtype != self.dtype:
+            known = of_own.dtype in DTYPES
             raise UsageError(
-                f"{self.name} was built for {self.dtype} and cannot be cast to {dtype}",
+                f"{self.name} was built for {self.dtype} and cannot be cast to {of_own.dtype}",
                 why="parts of it must stay float32, which a cast of the whole module would undo",
-                fix=f"build it with dtype={dtype}",
+                fix=f"build it with dtype={of_own.dtype}" if known else "leave it as it is",
             )
-        super()._apply(fn, recurse)
+        if of_float32.dtype != torch.float32:  # `fn` casts, too: to the dtype that the backbone has already
+            device = of_own.device
+            super()._apply(lambda tensor: tensor.to(device), recurse)
+        else:
+            super()._apply(fn, recurse)
         return self
 
     @torch.no_grad()
@@ -156,7 +167,10 @@ class Backbone(nn.Module):
                 fix="scale to 0..1, subtract backbone.mean, divide by backbone.std",
             )
         self.eval()  # in case that someone put a part of it into training mode
-        tokens_BND: Tensor = self.net(images_BCHW.to(self.dtype))
+        device = images_BCHW.device.type
+        autocast = torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()
+        with autocast:  # the dtype was chosen when the backbone was built
+            tokens_BND: Tensor = self.net(images_BCHW.to(self.dtype))
         assert tokens_BND.dtype == self.dtype, tokens_BND.dtype
         assert tokens_BND.shape[1:] == (self.num_tokens, self.dim), tokens_BND.shape
         return tokens_BND
@@ -191,36 +205,40 @@ def build_backbone(
         UnknownNameError: no backbone of that name.
         UsageError: an option that the family does not have, or a size that it cannot take.
         WeightsError: the weights are not found, damaged, or of another network.
+        BackendError: the device cannot be used.
     """
     row = catalogue_row(name)
+    res = _checked_res(res)
     row.check_size(res)
     if crop and row.crop_pct == 1.0:
         raise UsageError(f"the reference does not crop the images of {row.name}", fix="leave the option crop away")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         raise UsageError(f"{dtype} is no dtype for a backbone", fix="choose float32, bfloat16 or float16")
-    build = _family_builder(row, options)
+    target = _checked_device(device)
     seed = _random_seed(weights)
-    device = torch.device(device)
-    source: str
-    if device.type == "meta":
-        with device:
-            net = build(row, res, **options)
-        sha256, source = "none", "no weights"
-    else:
+    if target.type == "meta":
+        if weights is not None:
+            raise UsageError("on the meta device there are no weights", fix="leave weights away, or choose a device")
+        net, sha256, source = build_net(row, res, options, device="meta"), "none", "no weights"
+    elif seed is not None:
         # A fork: building a network must not move the caller's random state, on this device or another.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0 if seed is None else seed)
-            net = build(row, res, **options)
-        if seed is not None:
-            sha256, source = f"random:{seed}", f"random seed {seed}"
-        elif isinstance(weights, Mapping):
-            state = _checked_mapping(weights)
-            sha256, source = weight_files.sha256_of_state(state), "state dict"
-            _load_strictly(net, state, row=row, source=source)
-        else:
-            path = weight_files.find(row, weights)
-            sha256, source = weight_files.identity(path), f"file {path}"
-            _load_strictly(net, _read(path), row=row, source=source)
+            torch.default_generator.manual_seed(seed)
+            net, sha256, source = build_net(row, res, options), f"random:{seed}", f"random seed {seed}"
+    else:
+        with torch.random.fork_rng(devices=[]):
+            net = build_net(row, res, options, fill=False)
+        with torch.device("cpu"):  # whatever the caller's default device is
+            if isinstance(weights, Mapping):
+                state = _checked_mapping(weights)
+                sha256, source = weight_files.sha256_of_state(state), "state dict"
+            elif weights is None or isinstance(weights, str | Path):
+                path = weight_files.find(row, weights)
+                state = _read(path)
+                sha256, source = weight_files.identity(path), f"file {path}"
+            else:
+                raise UsageError(f"weights cannot be a {type(weights).__name__}", fix="give a path or a state dict")
+            load_strictly(net, state, row=row, source=source)
     backbone = Backbone(
         net,
         row=row,
@@ -231,24 +249,30 @@ def build_backbone(
         weights_source=source,
         options={**options, "crop": True} if crop else options,
     )
-    return backbone.to(device)
+    if dtype == torch.float16 and target.type != "meta":
+        check_overflow(backbone, row.name)
+    return backbone.to(target)
 
 
-def fit_problems(row: BackboneRow, state: Mapping[str, Tensor], *, shown: int | None = 4) -> list[str]:
-    """Why a published state dict does not fit a backbone, by names and shapes alone; empty if it fits.
+def _checked_res(res: object) -> tuple[int, int]:
+    """(height, width) as a tuple."""
+    sides = tuple(res) if isinstance(res, list | tuple) else ()
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise UsageError(f"res={res!r} is not (height, width)", fix="give two integers, e.g. res=(224, 224)")
+    return (sides[0], sides[1])
 
-    Args:
-        row: the backbone; it is built on the meta device, with its family's default options.
-        state: published key names, with or without the published prefix; values are not looked at.
-        shown: how many keys of each kind of problem are named; None for all.
-    """
-    with torch.device("meta"):
-        net = _family_builder(row, {})(row, row.native_res)
+
+def _checked_device(device: str | torch.device) -> torch.device:
     try:
-        own = net.adapt_state_dict({name: tensor.to("meta") for name, tensor in state.items()})
-    except WeightsError as error:
-        return [error.what + (f" ({error.why})" if error.why else "")]
-    return _problems(net, own, shown=shown)
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError) as error:  # torch's own, and its complaint about a build without CUDA
+        raise BackendError(
+            f"the device '{device}' cannot be used",
+            why=str(error).splitlines()[0],
+            fix="choose 'cpu', or a device that vlmx doctor shows",
+        ) from error
+    return checked
 
 
 def _cast(net: FamilyNet, dtype: torch.dtype) -> None:
@@ -276,28 +300,21 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _checked_mapping(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of the mapping, made sure that it holds tensors with values, by name."""
     state = dict(weights)
-    if strange := [str(key) for key, value in state.items() if not isinstance(value, Tensor)]:
+    if strange := [repr(k) for k, value in state.items() if not (isinstance(k, str) and isinstance(value, Tensor))]:
         raise WeightsError(
             "the state dict holds more than tensors",
-            why=f"not tensors: {', '.join(strange[:4])}",
+            why=f"no tensors by name: {', '.join(strange[:4])}",
             fix="give the state dict itself, often the entry 'model' or 'state_dict' of a checkpoint",
         )
-    return state
-
-
-def _family_builder(row: BackboneRow, options: Mapping[str, object]) -> Callable[..., FamilyNet]:
-    """Import the row's builder and check the names of its options."""
-    module, _, function = row.builder.partition(":")
-    build: Callable[..., FamilyNet] = getattr(importlib.import_module(module), function)
-    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise UsageError(
-            f"{row.name} has no option {', '.join(repr(o) for o in unknown)}",
-            fix=f"options of {row.family}: {', '.join(known)}" if known else f"{row.family} has no options",
+    if unusable := [key for key, value in state.items() if value.is_meta or value.layout != torch.strided]:
+        raise WeightsError(
+            "the state dict holds tensors without plain values",
+            why=f"on the meta device, or sparse: {', '.join(unusable[:4])}",
+            fix="give dense tensors on the CPU or a GPU",
         )
-    return build
+    return state
 
 
 def _random_seed(weights: object) -> int | None:
@@ -308,49 +325,3 @@ def _random_seed(weights: object) -> int | None:
     if not digits.isascii() or not digits.isdigit() or int(digits) >= 2**63:
         raise UsageError(f"'{weights}' names no seed", fix="give a non-negative integer, e.g. random:0")
     return int(digits)
-
-
-def _load_strictly(net: FamilyNet, state: dict[str, Tensor], *, row: BackboneRow, source: str) -> None:
-    """Load a published state dict: all keys, right shapes, finite values, or a WeightsError that names the keys."""
-    own = net.adapt_state_dict(state)
-    if problems := _problems(net, own, shown=4):
-        raise WeightsError(
-            f"the weights ({source}) do not fit {row.name}",
-            why="; ".join(problems),
-            fix=f"give the file '{row.file}'" + (f" from {row.url}" if row.url else " that ships with vlmx"),
-        )
-    net.load_state_dict(own, strict=True)
-
-
-def _what_they_are(state: dict[str, Tensor]) -> list[str]:
-    from vlmx.extract.weights.identify import identify
-
-    found = identify(state)
-    if found.names:
-        return [f"they are the weights of {' or '.join(found.names)}"]
-    return [f"by their names they are nearest to the family {found.nearest}"] if found.nearest else []
-
-
-def _problems(net: FamilyNet, own: Mapping[str, Tensor], *, shown: int | None) -> list[str]:
-    """Missing and unexpected keys, other shapes, values that are not finite (those on the meta device have none)."""
-    expected = net.state_dict()
-    shared = [key for key in expected if key in own]
-    found = {
-        "keys are missing": [key for key in expected if key not in own],
-        "keys are unexpected": [key for key in own if key not in expected],
-        "shapes differ": [
-            f"{key} is {tuple(own[key].shape)}, needed {tuple(expected[key].shape)}"
-            for key in shared
-            if own[key].shape != expected[key].shape
-        ],
-        "tensors hold NaN or infinity": [
-            key
-            for key in shared
-            if own[key].is_floating_point() and not own[key].is_meta and not bool(torch.isfinite(own[key]).all())
-        ],
-    }
-    return [
-        f"{len(keys)} {what}: {', '.join(keys[:shown])}{', ...' if len(keys) > len(keys[:shown]) else ''}"
-        for what, keys in found.items()
-        if keys
-    ]

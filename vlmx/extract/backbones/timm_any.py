@@ -21,7 +21,7 @@ from vlmx.errors import UsageError
 from vlmx.extract.backbones.base import FamilyNet
 from vlmx.extract.backbones.row import BackboneRow
 from vlmx.extract.backbones.timm_models import DEFAULT_BLOCK, TimmViT, build_vit
-from vlmx.extract.weights import strip_prefix
+from vlmx.extract.weights import unwrapped
 from vlmx.registry import unknown_name
 
 STRIDE = 16
@@ -43,7 +43,7 @@ class TimmFeatures(FamilyNet):
         net = _network(timm_id, res)
         described = _described(net, timm_id)
         self.index = _chosen([each["reduction"] for each in described], block, timm_id)
-        whole = set(net.state_dict())
+        whole = set(net.state_dict()) | _tables(net)
         net.prune_intermediate_layers(indices=[self.index], prune_norm=True, prune_head=True)
         self.past_the_tap = whole - set(net.state_dict())
         self.net = net
@@ -51,9 +51,12 @@ class TimmFeatures(FamilyNet):
         self.grid, self.dim = _map_shape(timm_id, res, self.index)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """timm's names -> own names; what follows the tap is dropped."""
-        state = strip_prefix(state, "module.")
+        """timm's names -> own names; what follows the tap, and tables that are computed, are dropped."""
+        state = unwrapped(state)
         return {f"net.{name}": value for name, value in state.items() if name not in self.past_the_tap}
+
+    def published_name(self, own: str) -> str:
+        return own.removeprefix("net.")
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return _map_of(self.net, images_BCHW, self.index).flatten(2).transpose(1, 2)
@@ -142,6 +145,15 @@ def _network(timm_id: str, res: tuple[int, int]) -> Any:
         return create_model(timm_id, pretrained=False, img_size=res)
     except TypeError:  # a convolutional network has no image size
         return create_model(timm_id, pretrained=False)
+
+
+def _tables(net: Any) -> set[str]:
+    """Names of what a network computes from its size, e.g. index tables; older files hold them."""
+    return {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in net.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
 
 
 def _described(net: Any, timm_id: str) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from vlmx.errors import UsageError, WeightsError
 from vlmx.extract.backbones.base import FamilyNet
 from vlmx.extract.backbones.row import BackboneRow
-from vlmx.extract.weights import strip_prefix
+from vlmx.extract.weights import unwrapped
 
 MAXVIT_PUBLISHED_TAP = 3
 DEFAULT_BLOCK = -2
@@ -67,7 +67,7 @@ class TimmViT(FamilyNet):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """timm's, OpenCLIP's, OpenAI's or DINOv2's names -> own names; later blocks, final norms and heads go."""
-        state = strip_prefix(state, "module.")
+        state = unwrapped(state)
         self._refuse_other_sizes(state)
         state = _timm_names(self.net, state)
         dropped = ("norm.", "fc_norm.", "head.", "head_drop.", "attn_pool.")
@@ -76,6 +76,9 @@ class TimmViT(FamilyNet):
             for name, value in state.items()
             if not name.startswith(dropped) and not self._is_past_the_tap(name)
         }
+
+    def published_name(self, own: str) -> str:
+        return own.removeprefix("net.")
 
     def _refuse_other_sizes(self, state: dict[str, Tensor]) -> None:
         """Raise for weights of the same network that were trained with images of another size."""
@@ -145,8 +148,11 @@ class TimmMaxViT(FamilyNet):
         """Published timm names -> own names; later stages, the final norm and the head are dropped."""
         after = tuple(f"stages.{index}." for index in range(self.tap, self.stages_total))
         dropped = (*after, "norm.", "head.")
-        state = strip_prefix(state, "module.")
+        state = unwrapped(state)
         return {f"net.{name}": value for name, value in state.items() if not name.startswith(dropped)}
+
+    def published_name(self, own: str) -> str:
+        return own.removeprefix("net.")
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         map_BDHW = self.net.stages(self.net.stem(images_BCHW))

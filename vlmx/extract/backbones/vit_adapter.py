@@ -38,13 +38,12 @@ from vlmx.extract.backbones.adapter_trunks import (
 )
 from vlmx.extract.backbones.base import FamilyNet
 from vlmx.extract.backbones.row import BackboneRow
-from vlmx.extract.weights import strip_prefix
+from vlmx.extract.weights import backbone_of_detector
 
 Flavour = Literal["vit", "beit", "uniperceiver"]
 
 STRIDE = 32
 EXTRA_EXTRACTORS = 2  # of the last interaction
-BESIDE_THE_BACKBONE = ("decode_head.", "auxiliary_head.", "ema_")
 ONLY_FOR_F1_TO_F3 = ("spm.fc1.", "up.", "norm1.", "norm2.", "norm3.")
 
 
@@ -115,9 +114,7 @@ class ViTAdapter(FamilyNet):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Published names -> own names: without prefixes, the segmentor's heads and what only f1-f3 need."""
-        state = strip_prefix(state, "module.")
-        state = {name: value for name, value in state.items() if not name.startswith(BESIDE_THE_BACKBONE)}
-        state = strip_prefix(state, "backbone.")
+        state = backbone_of_detector(state)
         return {name: value for name, value in state.items() if not name.startswith(ONLY_FOR_F1_TO_F3)}
 
     def forward(self, images_BCHW: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vlmx.errors import UsageError
 from vlmx.extract.backbones.base import FamilyNet
 from vlmx.extract.backbones.row import BackboneRow
-from vlmx.extract.weights import strip_prefix
+from vlmx.extract.weights import backbone_of_detector
 
 Feature = Literal["last_feat", "p4"]
 _FEATURES: tuple[Feature, ...] = ("last_feat", "p4")
@@ -104,9 +104,7 @@ class ViTDet(FamilyNet):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Names of a detector, of its backbone, or of the ViT alone; heads and unused pyramid levels are dropped."""
-        heads = ("roi_heads.", "proposal_generator.", "pixel_mean", "pixel_std")
-        state = {key: value for key, value in strip_prefix(state, "module.").items() if not key.startswith(heads)}
-        state = strip_prefix(state, "backbone.")
+        state = backbone_of_detector(state)
         if not any(key.startswith("net.") for key in state):
             state = {f"net.{key}": value for key, value in state.items()}
         levels = ("simfp_2.", "simfp_3.", "simfp_5.", *(() if self.feature == "p4" else ("simfp_4.",)))

@@ -8,12 +8,13 @@ in `identify`, writing safetensors in `convert`, the commands in `command`.
 from vlmx.extract.weights.formats import read, read_checkpoint
 from vlmx.extract.weights.hashing import identity, sha256_of_file, sha256_of_state
 from vlmx.extract.weights.lookup import WEIGHTS_FOLDER, find
-from vlmx.extract.weights.names import strip_prefix
+from vlmx.extract.weights.names import backbone_of_detector, strip_prefix, unwrapped
 from vlmx.extract.weights.state_dicts import Checkpoint
 
 __all__ = [
     "WEIGHTS_FOLDER",
     "Checkpoint",
+    "backbone_of_detector",
     "find",
     "identity",
     "read",
@@ -21,4 +22,5 @@ __all__ = [
     "sha256_of_file",
     "sha256_of_state",
     "strip_prefix",
+    "unwrapped",
 ]

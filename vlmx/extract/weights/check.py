@@ -72,7 +72,9 @@ class Report:
             )
         if self.problems:
             raise WeightsError(
-                f"{self.path} does not fit {self.backbone}", why="; ".join(self.problems), fix=self._hint()
+                f"{self.path} does not fit {self.backbone}: {self._hint()}",
+                why="; ".join(self.problems),
+                fix=f"use --backbone {self.fits[0]}" if self.fits else "vlmx list backbones shows the file of each",
             )
         if not self.fits and not self.backbone:
             raise WeightsError(
@@ -95,7 +97,7 @@ def check(path: Path, row: BackboneRow | None) -> Report:
     Raises:
         WeightsError: it cannot be read.
     """
-    from vlmx.extract.backbones.base import fit_problems
+    from vlmx.extract.backbones.loading import fit_problems
 
     checkpoint = read_checkpoint(path)
     state = checkpoint.state

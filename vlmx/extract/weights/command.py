@@ -129,7 +129,7 @@ def convert(file: Path, out: Path | None, name: str | None, force: bool) -> None
 
 
 def _refuse_unfit(row: catalogue.BackboneRow, checkpoint: Checkpoint, file: Path) -> None:
-    from vlmx.extract.backbones.base import fit_problems
+    from vlmx.extract.backbones.loading import fit_problems
     from vlmx.extract.weights.check import not_finite
 
     problems = fit_problems(row, checkpoint.state)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from vlmx.errors import OutOfSpaceError, VlmxError, WeightsError
 from vlmx.extract.weights.folders import files_of, head_of, is_index, main_file, weight_map_of
-from vlmx.extract.weights.pickles import TensorsOnlyUnpickler
+from vlmx.extract.weights.pickles import HostilePickle, TensorsOnlyUnpickler
 from vlmx.extract.weights.refusals import READ_ERRORS, damaged, refuse_other_kinds
 from vlmx.extract.weights.state_dicts import Checkpoint, checkpoint_of
 from vlmx.extract.weights.torch_files import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
@@ -59,6 +59,12 @@ def _read_file(path: Path, *, inside_zip: bool) -> Checkpoint:
             return _read_safetensors(path)
         if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
             return _read_pickle(path)
+    except HostilePickle as asked:
+        raise WeightsError(
+            f"{path} tries to run code; nothing was run",
+            why=f"its pickle asks for {asked}",
+            fix="do not use this file; get the weights from their publisher",
+        ) from asked
     except READ_ERRORS as error:
         raise damaged(path, error) from error
     raise damaged(path, f"it begins with {head[:12]!r}: neither safetensors, a torch file, a zip nor a pickle")

@@ -32,8 +32,8 @@ class Identification:
 
 def identify(state: Mapping[str, Tensor]) -> Identification:
     """Compare names and shapes with every network of the catalogue. Nothing is computed; takes seconds."""
-    from vlmx.extract.backbones.base import fit_problems
     from vlmx.extract.backbones.catalogue import rows
+    from vlmx.extract.backbones.loading import fit_problems
 
     shapes = {name: tensor.to("meta") for name, tensor in state.items()}
     families: dict[str, list[BackboneRow]] = {}

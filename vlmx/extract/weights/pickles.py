@@ -14,8 +14,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vlmx.errors import WeightsError
-
 if TYPE_CHECKING:
     import torch
 
@@ -284,19 +282,19 @@ _HOSTILE_NAMES = {
 }
 
 
+class HostilePickle(Exception):
+    """A pickle asks for something that only an attack needs; the text is its name."""
+
+
 class TensorsOnlyUnpickler(pickle.Unpickler):
     """Unpickles containers, numbers, strings, and records of tensors and arrays; all else is inert.
 
     Raises:
-        WeightsError: from `load`, the pickle asks for something that only an attack needs.
+        HostilePickle: from `load`, the pickle asks for something that only an attack needs.
     """
 
     def find_class(self, module: str, name: str) -> Any:
         names = _HOSTILE_NAMES.get("builtins" if module == "__builtin__" else module, set())
         if module.split(".")[0] in _HOSTILE_MODULES or name.split(".")[0] in names:
-            raise WeightsError(
-                "the weights file tries to run code; nothing was run",
-                why=f"its pickle asks for {module}.{name}",
-                fix="do not use this file; get the weights from their publisher",
-            )
+            raise HostilePickle(f"{module}.{name}")
         return _known().get((module, name), _Inert)
