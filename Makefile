@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo demo-quick check test test-all wheel
+.PHONY: setup demo demo-quick check test test-all test-triton wheel
 
 setup: .venv/.stamp
 
@@ -32,6 +32,14 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest
+
+# Our GPU kernels on a machine without a GPU: run by triton's interpreter, and compiled to machine code. Not part of CI.
+# Triton lies beside what is installed, so that nothing else sees it.
+test-triton: .venv/triton-3.9.0
+	TRITON_INTERPRET=1 PYTHONPATH=$< $(BIN)/pytest tests/test_scan_triton.py
+
+.venv/triton-3.9.0: | .venv/.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.9.0
 
 # Build the wheel and use it from an empty folder, so that a file missing from the package is noticed.
 wheel: setup

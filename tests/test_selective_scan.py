@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmx.extract.ops.selective_scan import linear_scan, selective_scan, selective_scan_reference
+from vlmx.extract.ops.selective_scan import selective_scan, selective_scan_reference
+from vlmx.extract.ops.torch_scan import linear_scan
 
 
 def random_inputs(length: int, *, groups: int = 2, states: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -79,7 +79,22 @@ def _torch_device() -> Finding:
 
 
 def _scan() -> Finding:
-    return Finding(subject="selective scan", ok=True, detail="torch, exact two-level; runs on every device")
+    """The engine that would run, what is in the way of each better one, and the command that enables the best one."""
+    import torch
+
+    from vlmx.extract.ops.engines import choose, engines_report
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose(device).name
+    better = []
+    for name, obstacle in engines_report(device):
+        if name == chosen:
+            break
+        if obstacle is not None:
+            better.append((name, obstacle))
+    detail = f"{chosen} on {device}" + "".join(f"; not {name}: {obstacle.why}" for name, obstacle in better)
+    fix = next((obstacle.fix for _, obstacle in better if obstacle.fix), "")
+    return Finding(subject="selective scan", ok=True, detail=detail, fix=fix)
 
 
 def _weights() -> Finding:

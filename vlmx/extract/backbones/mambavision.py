@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from vlmx.extract.backbones.base import FamilyNet
 from vlmx.extract.backbones.row import BackboneRow
-from vlmx.extract.ops.selective_scan import selective_scan
-from vlmx.extract.weights import strip_prefix
+from vlmx.extract.ops.dense import add, linear
+from vlmx.extract.ops.selective_scan import conv_silu, scan_tokens
+from vlmx.extract.weights import strip_prefix, unwrapped
 
 STEM_BN_EPS = 1e-4
 STATES = 8
@@ -91,22 +92,20 @@ class MambaMixer(nn.Module):
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        u_BDL, z_BDL = self.in_proj(x_BLC).transpose(1, 2).chunk(2, dim=1)
-        u_BDL = F.silu(self.conv1d_x(u_BDL))
-        z_BDL = F.silu(self.conv1d_z(z_BDL))
-        dt_BLR, b_BLS, c_BLS = self.x_proj(u_BDL.transpose(1, 2)).split([self.rank, STATES, STATES], dim=-1)
-        y_BDL = selective_scan(
-            u_BDL,
-            (F.linear(dt_BLR, self.dt_proj.weight) + self.dt_proj.bias).transpose(1, 2),
+        u_BLD, z_BLD = linear(x_BLC, self.in_proj.weight).chunk(2, dim=2)
+        u_BLD = conv_silu(u_BLD, self.conv1d_x.weight.flatten(1), None, before=1)
+        z_BLD = conv_silu(z_BLD, self.conv1d_z.weight.flatten(1), None, before=1)
+        dt_BLR, b_BLS, c_BLS = linear(u_BLD, self.x_proj.weight).split([self.rank, STATES, STATES], dim=-1)
+        y_BLD = scan_tokens(
+            u_BLD,
+            F.linear(dt_BLR, self.dt_proj.weight) + self.dt_proj.bias,
             -torch.exp(self.A_log),
-            b_BLS.transpose(1, 2),
-            c_BLS.transpose(1, 2),
-            self.D,
-            delta_bias=self.dt_proj.bias,
-            delta_softplus=True,
+            b_BLS[:, :, None],
+            c_BLS[:, :, None],
+            skip_D=self.D,
+            bias_D=self.dt_proj.bias,
         )
-        mixed_BLC: Tensor = self.out_proj(torch.cat([y_BDL.to(z_BDL.dtype), z_BDL], dim=1).transpose(1, 2))
-        return mixed_BLC
+        return linear(torch.cat([y_BLD, z_BLD], dim=2), self.out_proj.weight)
 
 
 class Attention(nn.Module):
@@ -119,10 +118,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        qkv = self.qkv(x_BLC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = linear(x_BLC, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        out_BLC: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
-        return out_BLC
+        return linear(mixed.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
 
 
 class Mlp(nn.Module):
@@ -134,8 +132,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        out_BLC: Tensor = self.fc2(F.gelu(self.fc1(x_BLC)))
-        return out_BLC
+        hidden_BLE = linear(x_BLC, self.fc1.weight, self.fc1.bias, gelu=True)
+        return linear(hidden_BLE, self.fc2.weight, self.fc2.bias)
 
 
 class MixerBlock(nn.Module):
@@ -151,9 +149,8 @@ class MixerBlock(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), 1e-5)) if layer_scale else 1.0
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        x_BLC = x_BLC + self.gamma_1 * self.mixer(self.norm1(x_BLC))
-        out_BLC: Tensor = x_BLC + self.gamma_2 * self.mlp(self.norm2(x_BLC))
-        return out_BLC
+        x_BLC = add(x_BLC, self.gamma_1 * self.mixer(self.norm1(x_BLC)))
+        return add(x_BLC, self.gamma_2 * self.mlp(self.norm2(x_BLC)))
 
 
 class Downsample(nn.Module):
@@ -294,7 +291,9 @@ class MambaVision(FamilyNet):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Published names -> own names: prefixes (`module.`, the hub's `model.`) go, and all after the tapped stage."""
-        state = strip_prefix(strip_prefix(state, "module."), "model.")
+        state = strip_prefix(unwrapped(state), "model.")
+        if any(name.startswith("encoder.") for name in state):  # beside it is what the encoder was trained with
+            state = {name.removeprefix("encoder."): value for name, value in state.items() if name[:8] == "encoder."}
         after = tuple(f"levels.{index}." for index in range(self.tap + 1, self.stages_total))
         dropped = (f"levels.{self.tap}.downsample.", *after, "norm.", "head.")
         return {name: value for name, value in state.items() if not name.startswith(dropped)}
@@ -348,7 +347,7 @@ def _init_linear(module: nn.Module) -> None:
         plain = [module.fc1, module.fc2]
     else:
         return
-    for linear in plain:
-        nn.init.trunc_normal_(linear.weight, std=0.02)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
+    for layer in plain:
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

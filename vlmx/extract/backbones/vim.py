@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from vlmx.extract.backbones.base import FamilyNet
 from vlmx.extract.backbones.row import BackboneRow
-from vlmx.extract.ops.selective_scan import selective_scan
-from vlmx.extract.weights import strip_prefix
+from vlmx.extract.ops.dense import linear
+from vlmx.extract.ops.selective_scan import conv_silu, scan_tokens
+from vlmx.extract.weights import unwrapped
 
 PATCH = 16
 STATES = 16
@@ -78,25 +79,35 @@ class BidirectionalMixer(nn.Module):
             nn.init.uniform_(projection.weight, -(self.rank**-0.5), self.rank**-0.5)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        xz_BDL = self.in_proj(x_BLC).transpose(1, 2)
-        forward_BDL = self._scan(
-            xz_BDL, self.conv1d, self.x_proj, self.dt_proj, dt_bias=self.dt_bias, A_log=self.A_log, skip=self.D
+        x_BLD, z_BLD = linear(x_BLC, self.in_proj.weight).chunk(2, dim=2)
+        forward_BLD = self._scan(
+            x_BLD,
+            z_BLD,
+            self.conv1d,
+            self.x_proj,
+            self.dt_proj,
+            dt_bias=self.dt_bias,
+            A_log=self.A_log,
+            skip=self.D,
+            reverse=False,
         )
-        backward_BDL = self._scan(
-            xz_BDL.flip(2),
+        backward_BLD = self._scan(
+            x_BLD,
+            z_BLD,
             self.conv1d_b,
             self.x_proj_b,
             self.dt_proj_b,
             dt_bias=self.dt_bias_b,
             A_log=self.A_b_log,
             skip=self.D_b,
-        ).flip(2)
-        mixed_BLC: Tensor = self.out_proj(((forward_BDL + backward_BDL) / 2).transpose(1, 2))
-        return mixed_BLC
+            reverse=True,
+        )
+        return linear(torch.lerp(forward_BLD, backward_BLD, 0.5), self.out_proj.weight)
 
     def _scan(
         self,
-        xz_BDL: Tensor,
+        x_BLD: Tensor,
+        z_BLD: Tensor,
         conv: nn.Conv1d,
         x_proj: nn.Linear,
         dt_proj: nn.Linear,
@@ -104,21 +115,24 @@ class BidirectionalMixer(nn.Module):
         dt_bias: Tensor,
         A_log: Tensor,
         skip: Tensor,
+        reverse: bool,
     ) -> Tensor:
-        """One direction, from index 0 on: `xz_BDL` holds what is scanned, then its gate, as halves of the channels."""
-        x_BDL, z_BDL = xz_BDL.chunk(2, dim=1)
-        u_BDL = F.silu(conv(x_BDL)[..., : x_BDL.shape[2]])  # padded at both ends; without the far one it is causal
-        dt_BLR, b_BLS, c_BLS = x_proj(u_BDL.transpose(1, 2)).split([self.rank, STATES, STATES], dim=-1)
-        return selective_scan(
-            u_BDL,
-            dt_proj(dt_BLR).transpose(1, 2),
+        """One direction: causal convolution of `x_BLD`, scan, gate by `z_BLD`; `reverse` does it from the end."""
+        weight_DJ = conv.weight.flatten(1)
+        if reverse:
+            weight_DJ = weight_DJ.flip(1)
+        u_BLD = conv_silu(x_BLD, weight_DJ, conv.bias, before=0 if reverse else CONV_WIDTH - 1)
+        dt_BLR, b_BLS, c_BLS = linear(u_BLD, x_proj.weight).split([self.rank, STATES, STATES], dim=-1)
+        return scan_tokens(
+            u_BLD,
+            dt_proj(dt_BLR),
             -torch.exp(A_log),
-            b_BLS.transpose(1, 2),
-            c_BLS.transpose(1, 2),
-            skip,
-            z=z_BDL,
-            delta_bias=dt_bias,
-            delta_softplus=True,
+            b_BLS[:, :, None],
+            c_BLS[:, :, None],
+            skip_D=skip,
+            bias_D=dt_bias,
+            gate_BLD=z_BLD,
+            reverse=reverse,
         )
 
 
@@ -172,11 +186,14 @@ class VimNet(FamilyNet):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Published names -> own names: the prefix `module.` and the classifier go, the step sizes' biases move."""
         own = {}
-        for name, value in strip_prefix(state, "module.").items():
+        for name, value in unwrapped(state).items():
             if name not in ("head.weight", "head.bias"):
                 name = name.replace(".dt_proj.bias", ".dt_bias").replace(".dt_proj_b.bias", ".dt_bias_b")
                 own[name] = value
         return own
+
+    def published_name(self, own: str) -> str:
+        return own.replace(".dt_bias_b", ".dt_proj_b.bias").replace(".dt_bias", ".dt_proj.bias")
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         patches_BNC = self.patch_embed(images_BCHW)

@@ -1,7 +1,8 @@
 """How does VMamba, in the form of its published checkpoints, turn an image into tokens?
 
 Legend: B images, H x W pixels of an image or cells of a feature map, C channels of a stage, D scan channels, K the four
-scan directions (row-major, column-major, and both reversed), R rank of the step-size projection, N tokens.
+scan directions (row-major, column-major, and both reversed), R rank of the step-size projection, P = R + 2, E = 4 C
+hidden width of the MLP, N tokens.
 
 Source: Liu et al., "VMamba: Visual State Space Model" (2024), section 4; the "v2" models with one state a channel. The
 network is token-major (channels last) throughout. The projections that feed the scans act on each token alone, so they
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from vlmx.errors import UsageError, WeightsError
 from vlmx.extract.backbones.base import FamilyNet
 from vlmx.extract.backbones.row import BackboneRow
-from vlmx.extract.ops.selective_scan import linear_scan
-from vlmx.extract.weights import strip_prefix
+from vlmx.extract.ops.dense import add, linear
+from vlmx.extract.ops.selective_scan import scan_four_ways
+from vlmx.extract.weights import backbone_of_detector
 
 OutNorm = Literal["trained", "identity-affine", "none"]
 _OUT_NORMS: tuple[OutNorm, ...] = ("trained", "identity-affine", "none")
@@ -65,31 +67,18 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        h_BDHW = self.in_proj(x_BHWC).permute(0, 3, 1, 2)
-        u_BHWD = F.silu(self.conv2d(h_BDHW)).permute(0, 2, 3, 1)
-        y_BHWD = self._scan_four_ways(u_BHWD).to(x_BHWC.dtype)
-        out_BHWC: Tensor = self.out_proj(self.out_norm(y_BHWD))
-        return out_BHWC
-
-    def _scan_four_ways(self, u_BHWD: Tensor) -> Tensor:
-        """Sum of the four scans, each put back at its own cell; computed in float32 or better."""
-        projected = F.linear(u_BHWD, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (4, self.rank + 2))
-        work = torch.promote_types(u_BHWD.dtype, torch.float32)
-        u_BHWD, projected = u_BHWD.to(work), projected.to(work)
-        rates_KD = -self.A_logs.to(work).exp().view(4, -1)
-        y_BHWD = u_BHWD * self.Ds.to(work).view(4, -1).sum(0)
-        for k in range(4):
-            low_rank, b_BHW1, c_BHW1 = projected[..., k, :].split((self.rank, 1, 1), dim=-1)
-            dt_BHWD = F.softplus(F.linear(low_rank, self.dt_projs_weight[k].to(work), self.dt_projs_bias[k].to(work)))
-            decay_BHWD = (dt_BHWD * rates_KD[k]).exp()
-            drive_BHWD = dt_BHWD * u_BHWD * b_BHW1
-            if k % 2 == 1:  # column by column: the same grid, transposed
-                decay_BHWD, drive_BHWD = decay_BHWD.transpose(1, 2), drive_BHWD.transpose(1, 2)
-            states_BHWD = linear_scan(decay_BHWD, drive_BHWD, reverse=k >= 2)
-            if k % 2 == 1:
-                states_BHWD = states_BHWD.transpose(1, 2)
-            y_BHWD = torch.addcmul(y_BHWD, states_BHWD, c_BHW1)
-        return y_BHWD
+        h_BDHW = linear(x_BHWC, self.in_proj.weight).permute(0, 3, 1, 2)
+        u_BHWD = F.silu(self.conv2d(h_BDHW), inplace=not torch.is_grad_enabled()).permute(0, 2, 3, 1)
+        low_BHWKP = linear(u_BHWD, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (4, self.rank + 2))
+        y_BHWD = scan_four_ways(
+            u_BHWD,
+            low_BHWKP,
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            -self.A_logs.exp().view(4, -1),
+            self.Ds.view(4, -1).sum(0),
+        )
+        return linear(self.out_norm(y_BHWD.to(x_BHWC.dtype)), self.out_proj.weight)
 
 
 class Mlp(nn.Module):
@@ -101,8 +90,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        out_BHWC: Tensor = self.fc2(F.gelu(self.fc1(x_BHWC)))
-        return out_BHWC
+        hidden_BHWE = linear(x_BHWC, self.fc1.weight, self.fc1.bias, gelu=True)
+        return linear(hidden_BHWE, self.fc2.weight, self.fc2.bias)
 
 
 class VSSBlock(nn.Module):
@@ -116,9 +105,8 @@ class VSSBlock(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        x_BHWC = x_BHWC + self.op(self.norm(x_BHWC))
-        out_BHWC: Tensor = x_BHWC + self.mlp(self.norm2(x_BHWC))
-        return out_BHWC
+        x_BHWC = add(x_BHWC, self.op(self.norm(x_BHWC)))
+        return add(x_BHWC, self.mlp(self.norm2(x_BHWC)))
 
 
 class Stage(nn.Module):
@@ -243,9 +231,7 @@ class VMambaNet(VMambaTrunk, FamilyNet):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `FamilyNet`. Takes classification, COCO and ADE20K files, prefixed or not, and both spellings of SS2D."""
-        state = strip_prefix(state, "module.")
-        heads = ("neck.", "rpn_head.", "roi_head.", "decode_head.", "auxiliary_head.")
-        state = strip_prefix({k: v for k, v in state.items() if not k.startswith(heads)}, "backbone.")
+        state = backbone_of_detector(state)
         self._refuse_other_variants(state)
         own = {}
         for key, tensor in state.items():
@@ -266,7 +252,7 @@ class VMambaNet(VMambaTrunk, FamilyNet):
     def _refuse_other_variants(self, state: dict[str, Tensor]) -> None:
         """Raise for the checkpoint of another size, or of another training than the row promises."""
         found = _Shape.of_state(state)
-        if found is not None and not found.agrees_with(self.shape, stages=self.tap + 1):
+        if found and not (found.agrees_with(self.shape, stages=self.tap + 1) or found.is_part_of(self.shape)):
             raise WeightsError(
                 f"the weights are {found.describe()}, not {self.shape.describe()}",
                 fix="give the file that 'vlmx list backbones' shows for this backbone, or choose another backbone",
@@ -298,7 +284,9 @@ class _Shape:
     def of_state(state: dict[str, Tensor]) -> _Shape | None:
         """Read it from the keys and shapes of a checkpoint; None if they are not VMamba's."""
         blocks = [found for key in state if (found := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.norm\.weight$", key))]
-        depths = Counter(int(block[1]) for block in blocks)
+        depths: dict[int, int] = {}
+        for block in blocks:
+            depths[int(block[1])] = max(depths.get(int(block[1]), 0), int(block[2]) + 1)
         dims = {int(block[1]): state[block[0]].numel() for block in blocks}
         scales = state.get("layers.0.blocks.0.op.Ds")
         if not dims or scales is None or sorted(dims) != list(range(len(dims))):
@@ -316,6 +304,12 @@ class _Shape:
             other.dims[:stages],
             other.ssm_ratio,
         )
+
+    def is_part_of(self, other: _Shape) -> bool:
+        """Whether a file that lacks blocks of `other`, but is no known variant, would look like this."""
+        fewer = all(mine <= theirs for mine, theirs in zip(self.depths, other.depths, strict=False))
+        same = self.dims == other.dims[: len(self.dims)] and self.ssm_ratio == other.ssm_ratio
+        return fewer and same and self not in _KNOWN_SHAPES.values()
 
     def describe(self) -> str:
         """E.g. "VMamba-T s2l5 (depths 2,2,5,2, dims 96,192,384,768, ssm_ratio 2)"."""

@@ -1,1 +1,1 @@
-"""Which numerical kernels do backbones share? The selective scan. Importing this package imports nothing else."""
+"""Which numerical kernels do backbones share? Selective scans and linear layers. Importing it imports nothing else."""
