@@ -41,6 +41,7 @@ CHANGES: dict[str, Any] = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
     "dtype": "bfloat16",
+    "compute": "bfloat16",
 }
 
 

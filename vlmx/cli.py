@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "vlmx.evaluate.command:report",
     "probe": "vlmx.evaluate.command:probe",
     "cache": "vlmx.cache_specs.command:cache",
+    "profile": "vlmx.serve.profile_command:profile",
     "weights": "vlmx.extract.weights.command:weights",
     "list": "vlmx.serve.command:list_",
     "doctor": "vlmx.serve.command:doctor",

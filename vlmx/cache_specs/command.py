@@ -63,7 +63,7 @@ def info(cache: str, root: Path) -> None:
         ("feature", f"{spec.feature}, norm {spec.out_norm}, forward version {spec.forward_version}"),
         ("input", f"{geometry.height} x {geometry.width} {geometry.mode}, fill {geometry.fill}, {geometry.resampling}"),
         ("mean, std", f"{spec.mean}, {spec.std}"),
-        ("tokens", f"{found.shape.num_tokens} ({grid}) x {found.shape.dim} {spec.dtype}"),
+        ("tokens", f"{found.shape.num_tokens} ({grid}) x {found.shape.dim} {spec.dtype}, computed in {spec.compute}"),
         ("images", f"{found.images:,} in {found.shards:,} shards of {found.images_per_shard}"),
         ("undecodable", f"{len(found.failed):,}"),
         ("size", format_bytes(found.bytes)),

@@ -61,6 +61,8 @@ class CacheSpec:
         geometry: how photos become inputs.
         mean, std: per-channel normalisation of inputs scaled to 0..1.
         dtype: the numbers' type; bfloat16 is stored as the uint16 of its bits.
+        compute: type of the encoder's matrix products; less than float32 changes tokens by a percent or so. Left out
+            of the description when it is float32, so that caches from before it existed keep their identity.
         codec: checksum behind each image's tokens.
         version: layout of this description.
     """
@@ -74,6 +76,7 @@ class CacheSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     dtype: DType = "float16"
+    compute: DType = "float32"
     codec: Literal["crc32c"] = "crc32c"
     version: int = SPEC_VERSION
 
@@ -96,6 +99,8 @@ class CacheSpec:
             problems.append(f"std {self.std} is not positive")
         if self.dtype not in get_args(DType):
             problems.append(f"dtype {self.dtype!r} is not one of {', '.join(get_args(DType))}")
+        if self.compute not in get_args(DType):
+            problems.append(f"compute {self.compute!r} is not one of {', '.join(get_args(DType))}")
         if self.codec != "crc32c":
             problems.append(f"codec {self.codec!r} is not crc32c")
         if self.version != SPEC_VERSION:
@@ -115,6 +120,7 @@ class CacheSpec:
             "mean": list(self.mean),
             "std": list(self.std),
             "dtype": self.dtype,
+            **({} if self.compute == "float32" else {"compute": self.compute}),
             "codec": self.codec,
             "version": self.version,
         }
@@ -127,7 +133,7 @@ class CacheSpec:
             CacheError: keys are missing or unknown, or a value is not valid.
         """
         geometry = data.get("geometry")
-        problems = _key_problems("", data, cls)
+        problems = _key_problems("", {"compute": "float32", **data}, cls)
         if isinstance(geometry, Mapping):
             problems += _key_problems("geometry.", {"crop_pct": 1.0, **geometry}, Geometry)
         elif "geometry" in data:
@@ -172,7 +178,13 @@ class CacheSpec:
     def differences(self, other: CacheSpec) -> list[str]:
         """One line for each field in which the two differ: "dtype: float16, not bfloat16" (self first)."""
         mine, theirs = (
-            _flat({**spec.to_dict(), "geometry": {**spec.geometry.to_dict(), "crop_pct": spec.geometry.crop_pct}})
+            _flat(
+                {
+                    **spec.to_dict(),
+                    "compute": spec.compute,
+                    "geometry": {**spec.geometry.to_dict(), "crop_pct": spec.geometry.crop_pct},
+                }
+            )
             for spec in (self, other)
         )
         return [f"{key}: {mine[key]}, not {theirs[key]}" for key in mine if mine[key] != theirs[key]]

@@ -173,6 +173,7 @@ def _extract_command(part: TokenReader, data: str) -> str:
     words = ["vlmx extract --backbone", spec.backbone, "--res", spec.resolution]
     words += ["--weights", spec.weights_sha256] if spec.random_weights else []
     words += ["--dtype", spec.dtype] if spec.dtype != "float16" else []
+    words += ["--compute", spec.compute] if spec.compute != "float32" else []
     words += _encoder_options(part.path)
     words += ["--data", data]
     words += ["--out", str(part.path.parent)] if part.path.parent != DEFAULT_ROOT else []

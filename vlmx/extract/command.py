@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 from click.shell_completion import CompletionItem
@@ -15,6 +15,9 @@ from vlmx.cache_specs.spec import DType
 from vlmx.console import format_bytes, note, warn
 from vlmx.errors import UsageError
 from vlmx.extract.backbones import catalogue
+from vlmx.extract.ops import engines
+from vlmx.extract.ops.engines import ENGINE_NAMES
+from vlmx.registry import unknown_name
 
 if TYPE_CHECKING:
     from vlmx.extract.backbones.row import BackboneRow
@@ -54,6 +57,21 @@ def complete_row(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return [CompletionItem(row.name) for row in presets() if row.name.startswith(incomplete)]
 
 
+def complete_engine(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of scan engines for the shell."""
+    return [CompletionItem(name) for name in ENGINE_NAMES if name.startswith(incomplete)]
+
+
+def check_engine(name: str | None) -> None:
+    """Make sure that `--scan` names an engine, if it is given; whether it can run here is asked later.
+
+    Raises:
+        UnknownNameError: it does not.
+    """
+    if name is not None and name not in ENGINE_NAMES:
+        raise unknown_name("scan engine", name, ENGINE_NAMES, listing="vlmx doctor")
+
+
 def parse_res(text: str) -> tuple[int, int]:
     """Height and width in pixels: "512" -> (512, 512), "800x1328" -> (800, 1328).
 
@@ -64,6 +82,19 @@ def parse_res(text: str) -> tuple[int, int]:
     if not match:
         raise UsageError(f"'{text}' is not a resolution", fix="--res takes 512, or HEIGHTxWIDTH such as 800x1328")
     return int(match[1]), int(match[2] or match[1])
+
+
+class BatchSizeParam(click.ParamType):
+    """A positive number, or "auto"."""
+
+    name = "batch size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["auto"]:
+        if value == "auto" or (isinstance(value, int) and value > 0):
+            return value  # type: ignore[no-any-return]
+        if re.fullmatch(r"[1-9]\d{0,5}", str(value)):
+            return int(value)
+        self.fail(f"'{value}' is neither a positive number nor auto", param, ctx)
 
 
 @click.command(epilog=EPILOG)
@@ -117,21 +148,35 @@ def parse_res(text: str) -> tuple[int, int]:
     type=click.Choice(get_args(DType)),
     default="float16",
     show_default=True,
-    help="How tokens are stored. The encoder computes in float32.",
+    help="How tokens are stored.",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="How the encoder computes. bfloat16 is faster where the hardware has it; its tokens are another cache's.",
+)
+@click.option(
+    "--scan",
+    metavar="ENGINE",
+    shell_complete=complete_engine,
+    help=f"Engine of the selective scan: {', '.join(ENGINE_NAMES)}. Default: the first that runs here (vlmx doctor).",
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(1),
-    default=16,
+    type=BatchSizeParam(),
+    metavar="N|auto",
+    default="auto",
     show_default=True,
-    help="Images a forward pass on a GPU. A CPU takes at most 8, so that bytes never depend on it.",
+    help="Images a forward pass on a GPU; auto tries sizes out. A CPU takes at most 8: its bytes never depend on it.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1),
-    default=min(8, os.cpu_count() or 1),
-    show_default="cores, at most 8",
-    help="Threads that read and decode images ahead of the encoder.",
+    default=min(32, os.cpu_count() or 1),
+    show_default="cores, at most 32",
+    help="Threads that read and decode images ahead of the encoder. On a CPU, that has OMP_NUM_THREADS, or all cores.",
 )
 @click.option(
     "--out-norm",
@@ -157,7 +202,9 @@ def extract(
     weights: str | None,
     root: Path,
     dtype: DType,
-    batch_size: int,
+    compute: str,
+    scan: str | None,
+    batch_size: int | Literal["auto"],
     threads: int,
     out_norm: str | None,
     block: int | None,
@@ -176,6 +223,8 @@ def extract(
             fix="extract them one after the other with --backbone",
         )
 
+    check_engine(scan)
+
     from vlmx.extract.images import open_source
 
     source = open_source(data, image_root, dataset)
@@ -187,18 +236,31 @@ def extract(
     from vlmx.extract.backbones.base import build_backbone
     from vlmx.extract.runner import extract as run
 
-    torch.backends.cudnn.allow_tf32 = False  # --dtype's help promises float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engines.force(scan, torch.device(device))
+    torch.backends.cudnn.allow_tf32 = False  # --compute promises float32
     given = {"out_norm": out_norm, "block": block, "feature": feature}
     options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and compute == "float32":
+        note("computing in float32, so that tokens are those of any other machine; --compute bfloat16 is faster")
     names = []
     for row, size in encoders:
-        backbone = build_backbone(row.name, res=size, weights=weights, device=device, crop=crop, **options)
+        backbone = build_backbone(
+            row.name,
+            res=size,
+            weights=weights,
+            dtype=getattr(torch, compute),
+            device=device,
+            crop=crop,
+            **options,
+        )
         below, right = row.unseen(size)
         if below or right:
             warn(f"{row.name} sees whole patches only: {below} rows and {right} columns of pixels are left out")
         summary = run(backbone, source, root=root, dtype=dtype, batch_size=batch_size, threads=threads)
         show(summary)
+        if scan is not None and summary.scan is None:
+            warn(f"{row.name} has no selective scan: --scan {scan} changed nothing")
         names.append(summary.cache.name)
     click.echo("+".join(names))
 
@@ -233,8 +295,11 @@ def show(summary: ExtractSummary) -> None:
         f"{format_bytes(summary.new_bytes)} written; image table '{summary.dataset}'"
     )
     if summary.new:
-        took = summary.seconds
-        note(f"time: encoder {took.encode:.1f} s, writing {took.write:.1f} s, waiting for images {took.wait:.1f} s")
+        note(summary.seconds.describe(summary.new))
+    if summary.scan:
+        note(f"selective scan: {summary.scan.engine}")
+        if summary.scan.fallback:
+            warn(summary.scan.fallback)
     if summary.failed:
         warn(f"{len(summary.failed):,} images could not be decoded; the image table lists them all")
         for key, reason in list(summary.failed.items())[:SHOWN_FAILURES]:

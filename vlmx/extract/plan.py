@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vlmx.cache_specs.geometry import Geometry
 from vlmx.cache_specs.ids import ImageEntry, ImageTable, image_id, table_path
@@ -83,6 +83,7 @@ def spec_of(backbone: Backbone, dtype: DType) -> CacheSpec:
         mean=backbone.mean,
         std=backbone.std,
         dtype=dtype,
+        compute=cast(DType, str(backbone.dtype).removeprefix("torch.")),
     )
 
 

@@ -6,7 +6,9 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,14 @@ from PIL import features
 from vlmx.cache_specs.ids import ImageTable, image_id
 from vlmx.cache_specs.spec import CacheSpec, DType, TokenShape
 from vlmx.cache_specs.writer import CacheWriter
-from vlmx.console import note, progress, warn
+from vlmx.console import format_bytes, note, progress, warn
 from vlmx.errors import DataError
 from vlmx.extract.ahead import work_ahead
-from vlmx.extract.encode import Seconds, ShardEncoder, block_size
+from vlmx.extract.batches import BatchSize, block_size
+from vlmx.extract.behind import WorkBehind
+from vlmx.extract.encode import EncodedShard, ShardEncoder
 from vlmx.extract.interrupt import Interrupt
+from vlmx.extract.lanes import lanes_for
 from vlmx.extract.plan import (
     ExtractPlan,
     SourceImage,
@@ -32,6 +37,8 @@ from vlmx.extract.plan import (
     take_inventory,
 )
 from vlmx.extract.preprocess import UndecodableImage, prepare
+from vlmx.extract.scans import ScanChoice, scan_choice
+from vlmx.extract.seconds import Seconds
 from vlmx.runs import environment
 
 if TYPE_CHECKING:
@@ -57,6 +64,8 @@ class ExtractSummary:
         failed: key and reason for every image of the source that cannot be decoded.
         new_bytes: bytes that the shards of the new images take.
         seconds: where the time went.
+        images_per_pass: at the end; smaller than at the beginning when a GPU ran out of memory.
+        scan: the engine of the encoder's scans; None when it has none.
         untrained: the warning that goes with an encoder of random weights; else empty.
     """
 
@@ -68,6 +77,8 @@ class ExtractSummary:
     failed: dict[str, str]
     new_bytes: int
     seconds: Seconds
+    images_per_pass: int
+    scan: ScanChoice | None
     untrained: str
 
 
@@ -77,49 +88,48 @@ def extract(
     *,
     root: Path,
     dtype: DType = "float16",
-    batch_size: int = 16,
+    batch_size: BatchSize = "auto",
     threads: int = 4,
 ) -> ExtractSummary:
     """Encode every image of `source` that the cache lacks. Killed at any instant, the same call goes on.
 
+    On a CPU, as many passes run side by side as `torch.get_num_threads()` says, each on one thread.
+
     Args:
-        backbone: the frozen encoder, on the device where it shall run.
+        backbone: the frozen encoder, on the device where it shall run, in the dtype in which it shall compute.
         source: the images.
         root: folder of all caches: the cache is `<root>/<spec name>`, the table `<root>/datasets/<source name>.jsonl`.
         dtype: of the stored tokens.
-        batch_size: images a forward pass on a GPU; see `encode.block_size`. A pass never straddles two shards.
+        batch_size: images a pass on a GPU; see `batches.block_size`. A pass never straddles two shards. It is halved
+            when the GPU runs out of memory.
         threads: how many threads read and decode images ahead of the encoder.
 
     Raises:
         DataError: an image cannot be read, or a key of the image table names another image than before.
         CacheError: another process is filling this cache.
         UsageError: a token exceeds the range of float16.
+        BackendError: the forced scan engine cannot run here, or one image is too large for the memory of the GPU.
         OutOfSpaceError: the new tokens do not fit on the disk.
-        Interrupted: SIGINT or SIGTERM; the shard in hand was dropped.
+        Interrupted: SIGINT or SIGTERM; the shard in hand was dropped, those that were encoded are stored.
     """
     spec = spec_of(backbone, dtype)
     shape = TokenShape(grid=backbone.grid, dim=backbone.dim)
-    block = block_size(backbone, batch_size)
-    ahead = 2 * block + threads
-    seconds = Seconds()
+    scan = scan_choice(backbone)
     note(source.describe)
     note(f"cache {root / spec.name}: {shape.num_tokens:,} tokens of {shape.dim} {dtype} numbers an image")
     untrained = _untrained(spec)
     if untrained:
         warn(untrained)
+    run = _Run(backbone, spec, scan=scan, batch_size=batch_size, seconds=Seconds(threads=threads))
 
     with Interrupt(fix=RESUME) as interrupt, ThreadPoolExecutor(threads) as pool:
-        images = take_inventory(source, pool, ahead=ahead, check=interrupt.check)
+        images = take_inventory(source, pool, ahead=4 * threads, check=interrupt.check)
         check_table(root, source.name, images)
         with CacheWriter(root, spec, shape) as writer:
             plan = plan_extraction(images, spec, shape, writer, free_bytes=shutil.disk_usage(root).free)
             note(plan.describe)
             if plan.shards:
-                writer.begin_run(_provenance(backbone, block), plan.shards)
-                todo = (plan.by_id[image] for shard in plan.shards for image in shard.ids)
-                prepared = work_ahead(pool, lambda image: _prepare(image, spec), todo, ahead=ahead)
-                encoder = ShardEncoder(backbone, prepared, block=block, dtype=dtype, seconds=seconds)
-                _fill(writer, plan, encoder, check=interrupt.check)
+                run.fill(writer, plan, pool, check=interrupt.check)
             writer.seal()
             reasons = writer.manifest.failed
         ImageTable.merge(root, source.name, table_entries(images, reasons))
@@ -133,43 +143,104 @@ def extract(
         new=encoded,
         failed={image.key: reasons[image.id] for image in images if image.id in reasons},
         new_bytes=plan.new_bytes * encoded // max(1, plan.new),
-        seconds=seconds,
+        seconds=run.seconds,
+        images_per_pass=run.block,
+        scan=scan,
         untrained=untrained,
     )
 
 
-def _fill(writer: CacheWriter, plan: ExtractPlan, encoder: ShardEncoder, *, check: Callable[[], None]) -> None:
-    """Encode and commit the planned shards, one after the other; `check` may raise between two passes."""
-    with progress(f"encode {writer.spec.backbone}", plan.new, "images") as bar:
-        for shard in plan.shards:
-            for count in encoder.encode(shard.ids):
-                bar.advance(count)
+class _Run:
+    """Three things at once, each in order: images are prepared, passes are encoded, shards are stored."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        spec: CacheSpec,
+        *,
+        scan: ScanChoice | None,
+        batch_size: BatchSize,
+        seconds: Seconds,
+    ) -> None:
+        self.backbone = backbone
+        self.spec = spec
+        self.scan = scan
+        self.batch_size = batch_size
+        self.seconds = seconds
+        self.block = 0
+        self.written_bytes = 0
+
+    def fill(
+        self, writer: CacheWriter, plan: ExtractPlan, pool: ThreadPoolExecutor, *, check: Callable[[], None]
+    ) -> None:
+        """Encode and commit the planned shards; `check` may raise between two passes."""
+        most = max(len(shard.ids) for shard in plan.shards)
+        self.block = block_size(self.backbone, self.batch_size, most=most)
+        todo = (plan.by_id[image] for shard in plan.shards for image in shard.ids)
+        left = list(plan.shards)
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress(f"encode {self.spec.backbone}", plan.new, "images"))
+            lanes = stack.enter_context(lanes_for(self.backbone, self.spec.dtype))
+            self.seconds.lanes = lanes.count
+            ahead = (lanes.count + 1) * self.block + self.seconds.threads
+            prepared = work_ahead(pool, self._prepare, todo, ahead=ahead)
+            encoder = ShardEncoder(
+                self.backbone, prepared, lanes, block=self.block, dtype=self.spec.dtype, seconds=self.seconds
+            )
+            writer.begin_run(self._provenance(), left)
+            writing = stack.enter_context(WorkBehind(behind=1))
+            for count, shard in encoder.encode(plan.shards):
+                if encoder.block != self.block:  # how the shards from here on are made
+                    self.block = encoder.block
+                    writer.begin_run(self._provenance(), left)
+                if shard is not None:
+                    left.remove(shard.plan)
+                    with self.seconds.waiting("wait_writer", lanes.idle):
+                        writing.give(partial(self._commit, writer, shard))
+                writing.check()
+                bar.advance(count, written=format_bytes(self.written_bytes))
                 check()
-            started = time.perf_counter()
-            writer.commit(shard, encoder.tokens_SND, encoder.failed)
-            encoder.seconds.write += time.perf_counter() - started
+            with self.seconds.waiting("wait_writer", lanes.idle):
+                writing.wait()
+            bar.advance(0, written=format_bytes(self.written_bytes))
+        self.seconds.total = time.perf_counter() - started
+
+    def _prepare(self, image: SourceImage) -> NDArray[np.float32] | UndecodableImage:
+        """Pixels (3, H, W) for the encoder, or what is wrong with the file; called on the threads that decode."""
+        with self.seconds.working("decode"):
+            return _prepare(image, self.spec)
+
+    def _commit(self, writer: CacheWriter, shard: EncodedShard) -> None:
+        """Store one shard; called on the thread that writes."""
+        with self.seconds.working("write"):
+            writer.commit(shard.plan, shard.tokens_SND, shard.failed)
+        self.written_bytes += shard.tokens_SND[0].nbytes * (len(shard.plan.ids) - len(shard.failed))
+
+    def _provenance(self) -> dict[str, Any]:
+        """How these tokens are made, as far as it is not meant to change them."""
+        backbone = self.backbone
+        device = next(backbone.parameters()).device
+        return {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "weights": backbone.weights_source,
+            "options": backbone.options,
+            "trained": not backbone.weights_sha256.startswith("random:"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "compute": self.spec.compute,
+            "scan_engine": self.scan.engine if self.scan else "none",
+            "images_per_pass": self.block,
+            "passes_side_by_side": self.seconds.lanes,
+            "decode_threads": self.seconds.threads,
+            "jpeg_decoder": features.version("libjpeg_turbo") or features.version("jpg"),
+            **environment(),
+        }
 
 
 def _untrained(spec: CacheSpec) -> str:
     if not spec.random_weights:
         return ""
     return f"{spec.backbone} has random weights ({spec.weights_sha256}): untrained, good only for trying things out"
-
-
-def _provenance(backbone: Backbone, block: int) -> dict[str, Any]:
-    """How these tokens were made, as far as it is not meant to change them."""
-    device = next(backbone.parameters()).device
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "weights": backbone.weights_source,
-        "options": backbone.options,
-        "trained": not backbone.weights_sha256.startswith("random:"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "images_per_pass": block,
-        "torch_threads": torch.get_num_threads(),
-        "jpeg_decoder": features.version("libjpeg_turbo") or features.version("jpg"),
-        **environment(),
-    }
 
 
 def _prepare(image: SourceImage, spec: CacheSpec) -> NDArray[np.float32] | UndecodableImage:
