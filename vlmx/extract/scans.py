@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from vlmx.extract.backbones.base import Backbone
-from vlmx.extract.ops import engines, selective_scan
+from vlmx.extract.ops import engines
 from vlmx.extract.ops.engines import EngineName
 
-_SCANS = (selective_scan.scan_tokens, selective_scan.scan_four_ways, selective_scan.selective_scan)
 _FAST: dict[str, tuple[EngineName, ...]] = {"cpu": ("native",), "cuda": ("mamba-ssm", "triton")}
 
 
@@ -32,25 +30,17 @@ def scan_choice(backbone: Backbone) -> ScanChoice | None:
     Raises:
         BackendError: the engine that was forced cannot run there.
     """
-    if not _has_scans(backbone):
+    if not backbone.net.scans:
         return None
     device = next(backbone.parameters()).device
     chosen = engines.choose(device).name
     fallback = ""
     if chosen == "torch" and engines.forced() is None:
         found = engines.engines_report(device)
-        better = [
-            (name, obstacle)
-            for name, obstacle in found
-            if obstacle and obstacle.fix and name in _FAST.get(device.type, ())
-        ]
-        reasons = "; ".join(f"{name}: {obstacle.why} (enable it: {obstacle.fix})" for name, obstacle in better)
+        better = [(name, obstacle) for name, obstacle in found if obstacle and name in _FAST.get(device.type, ())]
+        reasons = "; ".join(
+            f"{name}: {obstacle.why}" + (f" (enable it: {obstacle.fix})" if obstacle.fix else "")
+            for name, obstacle in better
+        )
         fallback = f"the scan runs on the slow engine 'torch'; {reasons}" if reasons else ""
     return ScanChoice(engine=chosen, fallback=fallback)
-
-
-def _has_scans(backbone: Backbone) -> bool:
-    """Whether a module of the network is written with one of our scans: their names are where its class is defined."""
-    sources = {type(module).__module__ for module in backbone.net.modules()}
-    names = (value for source in sources for value in vars(sys.modules[source]).values())
-    return any(value is scan for value in names for scan in _SCANS)

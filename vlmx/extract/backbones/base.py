@@ -7,8 +7,9 @@ A family module (vmamba.py, timm_models.py, ...) provides one function
     def build(row: BackboneRow, res: tuple[int, int], *, some_option: str | None = None) -> FamilyNet
 
 whose keyword-only parameters are the options of that family. It builds only what the tokens need. Everything else
-(allowed sizes, weights, strict loading, freezing, dtype, device) happens here. Families with a selective scan share
-`selective_scan` of `vlmx.extract.ops.selective_scan`, which takes channels before length: (B, D, L).
+(allowed sizes, weights, strict loading, freezing, dtype, device) happens here. `forward` may be called from several
+threads at once. Families with a selective scan share `scan_tokens` and `scan_four_ways` of
+`vlmx.extract.ops.selective_scan`, which choose the engine.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ class FamilyNet(nn.Module, ABC):
         forward_version: raised whenever a change of the code changes the tokens of the same weights.
         keep_float32: ends of the dotted names of parameters and buffers that stay float32 when the rest is cast to
             bfloat16 or float16, e.g. "A_log" or "dt_proj.bias". Batch norms always do.
+        scans: whether it computes selective scans, through `vlmx.extract.ops.selective_scan`.
     """
 
     keep_float32: ClassVar[tuple[str, ...]] = ()
+    scans: ClassVar[bool] = False
 
     grid: tuple[int, int]
     dim: int

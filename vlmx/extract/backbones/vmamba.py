@@ -196,6 +196,7 @@ class VMambaNet(VMambaTrunk, FamilyNet):
     """
 
     forward_version = 1
+    scans = True
     keep_float32 = ("A_logs", "Ds", "dt_projs_bias")
 
     def __init__(

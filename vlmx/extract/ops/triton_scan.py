@@ -54,6 +54,8 @@ class TritonEngine(Engine):
         self._failed: Obstacle | None = None
 
     def obstacle(self, device: torch.device) -> Obstacle | None:
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return Obstacle(why="it needs an NVIDIA GPU")
         if importlib.util.find_spec("triton") is None:
             return Obstacle(why="triton is not installed; CUDA builds of torch bring it", fix="pip install triton")
         try:
@@ -61,8 +63,6 @@ class TritonEngine(Engine):
                 return self._failed
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             return Obstacle(why=f"triton does not import: {error}", fix="pip install --force-reinstall triton")
-        if device.type != "cuda":
-            return Obstacle(why="it needs an NVIDIA GPU")
         if not torch.cuda.is_available():
             return Obstacle(why="no GPU answers, or torch is built without CUDA", fix="nvidia-smi")
         if torch.cuda.get_device_capability(device) < (8, 0):
