@@ -36,6 +36,14 @@ def test_weights_of_another_backbone_are_refused_with_the_name_of_what_they_are(
         assert caught.value.why.startswith("they are the weights of vmamba-mini-scenes; ")
 
 
+def test_what_an_option_needs_is_named_alone() -> None:
+    """The ViT of a ViTDet without its pyramid fits, but not with feature=p4."""
+    net = build_backbone("vitdet-b-coco", res=(64, 64), weights="random:0").net.state_dict()
+    with pytest.raises(WeightsError) as caught:
+        build_backbone("vitdet-b-coco", res=(64, 64), weights=net, feature="p4")
+    assert caught.value.why.startswith("6 keys are missing: simfp_4.0.weight")
+
+
 @pytest.mark.parametrize("lost", ["layers.1.blocks.1.norm.weight", "layers.1.blocks.2."])
 def test_a_partial_file_is_not_taken_for_another_variant(lost: str) -> None:
     state = {key: value for key, value in mini_state().items() if not key.startswith(lost)}

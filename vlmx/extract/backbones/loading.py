@@ -115,7 +115,7 @@ def load_strictly(net: FamilyNet, state: dict[str, Tensor], *, row: BackboneRow,
         )
     raise WeightsError(
         f"the weights ({source}) do not fit {row.name}",
-        why="; ".join([*_what_they_are(state), *_described(problems, 4)]),
+        why="; ".join([*_what_they_are(state, row), *_described(problems, 4)]),
         fix=f"give the file {published}",
     )
 
@@ -187,11 +187,13 @@ def _described(problems: Problems, shown: int | None) -> list[str]:
     ]
 
 
-def _what_they_are(state: Mapping[str, Tensor]) -> list[str]:
-    """Which backbones would take the weights, if any would; else the family with the most similar names."""
+def _what_they_are(state: Mapping[str, Tensor], row: BackboneRow) -> list[str]:
+    """Which other backbones would take the weights, if any would; else the family with the most similar names."""
     from vlmx.extract.weights.identify import identify
 
     found = identify(state)
+    if row.name in found.names:  # they lack only what an option asks for
+        return []
     if found.names:
         return [f"they are the weights of {' or '.join(found.names)}"]
     return [f"by its names it is of the family '{found.nearest}'"] if found.nearest else []
