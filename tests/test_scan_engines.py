@@ -7,11 +7,7 @@ Legend: B images, L sequence length, D channels, G groups, N states a channel; H
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -264,72 +260,3 @@ def test_forcing_an_engine() -> None:
     finally:
         engines.force(None)
     assert engines.forced() is None
-
-
-PROBE = """
-import torch
-from vlmx.extract.ops.engines import choose, engine
-cpu = torch.device("cpu")
-obstacle = engine("native").obstacle(cpu)
-print(choose(cpu).name, "|", "" if obstacle is None else obstacle.why, "|", "" if obstacle is None else obstacle.fix)
-"""
-
-
-def probe(**environment: str) -> list[str]:
-    """Chosen engine, and why and how native is not it, in a process of its own."""
-    env: dict[str, Any] = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=env, check=True)
-    return [part.strip() for part in done.stdout.strip().split("|")]
-
-
-def test_without_a_compiler_torch_computes_and_the_reason_is_known(tmp_path: Path) -> None:
-    chosen, why, fix = probe(PATH=str(tmp_path))
-    assert (chosen, fix) == ("torch", "apt install gcc")
-    assert "compiler" in why
-
-
-def fake_compiler(folder: Path, script: str) -> str:
-    """A PATH on which `cc` is a shell script."""
-    compiler = folder / "cc"
-    compiler.write_text(f"#!/bin/sh\n{script}\n")
-    compiler.chmod(0o755)
-    return f"{folder}:/usr/bin:/bin"
-
-
-def test_a_compiler_that_fails_or_lies_is_no_catastrophe(tmp_path: Path) -> None:
-    path = fake_compiler(tmp_path, 'if [ "$1" = --version ]; then echo 1; else echo "no such flag" >&2; exit 1; fi')
-    chosen, why, _ = probe(PATH=path, XDG_CACHE_HOME=str(tmp_path / "a"))
-    assert chosen == "torch"
-    assert "no such flag" in why
-    path = fake_compiler(tmp_path, "echo 2")  # says that all went well, and writes nothing
-    chosen, why, _ = probe(PATH=path, XDG_CACHE_HOME=str(tmp_path / "b"))
-    assert chosen == "torch"
-    assert why
-    assert [p for p in (tmp_path / "a").rglob("*") if p.is_file()] == []
-
-
-def test_a_miscompiled_kernel_is_never_used(tmp_path: Path) -> None:
-    if engines.engine("native").obstacle(CPU):
-        pytest.skip("there is no compiler to wrap")
-    # exp2 of a slightly wrong constant: it compiles, and it is wrong
-    path = fake_compiler(
-        tmp_path,
-        'for last; do :; done\n[ "$1" = --version ] && exec /usr/bin/cc --version\n'
-        f'sed s/0.6931470036506653f/0.7f/ "$last" > {tmp_path}/wrong.c\n'
-        f'set -- "$@" {tmp_path}/wrong.c\n'
-        'i=$#; for a; do shift; case "$a" in */native.c) ;; *) set -- "$@" "$a";; esac; done\nexec /usr/bin/cc "$@"',
-    )
-    chosen, why, _ = probe(PATH=path, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert chosen == "torch"
-    assert "off by" in why
-
-
-def test_the_kernel_is_compiled_once_by_processes_that_start_together(tmp_path: Path) -> None:
-    if engines.engine("native").obstacle(CPU):
-        pytest.skip("there is no compiler")
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", PROBE], stdout=subprocess.PIPE, text=True, env=env) for _ in range(2)
-    ]
-    assert [process.communicate()[0].split()[0] for process in running] == ["native", "native"]
-    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 1

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmx.extract.ops.selective_scan import selective_scan, selective_scan_reference
+from vlmx.errors import BackendError
+from vlmx.extract.ops import engines
+from vlmx.extract.ops.selective_scan import scan_four_ways, selective_scan, selective_scan_reference
 from vlmx.extract.ops.torch_scan import linear_scan
 
 
@@ -92,3 +94,54 @@ def test_golden_scan_paths(shared: Path) -> None:
             states = linear_scan(ones.transpose(1, 2), drive.transpose(1, 2), reverse=k >= 2).transpose(1, 2)
         expected = drive.flatten()[path].cumsum(0)
         assert states.flatten()[path].tolist() == expected.tolist(), f"direction {k}"
+
+
+CPU = torch.device("cpu")
+
+
+def scan_arguments() -> dict[str, torch.Tensor]:
+    shapes = {"u": (2, 6, 9), "delta": (2, 6, 9), "B": (2, 3, 9), "C": (2, 3, 9), "D": (6,), "z": (2, 6, 9)}
+    arguments = {name: torch.ones(shape) for name, shape in shapes.items()}
+    return {**arguments, "A": -torch.ones(6, 3), "delta_bias": torch.ones(6)}
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_inputs_that_do_not_fit_are_refused_before_a_kernel_reads_them(name: str) -> None:
+    good = scan_arguments()
+    assert selective_scan(**good, delta_softplus=True).shape == (2, 6, 9)
+    for wrong in (good[name][..., :-1], good[name].to("meta"), good[name].int(), good[name].to(torch.complex64)):
+        with pytest.raises(ValueError, match=r"goes with|is on|floating-point|not \(B"):
+            selective_scan(**{**good, name: wrong}, delta_softplus=True)
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused() -> None:
+    good = scan_arguments()
+    with pytest.raises(ValueError, match="6 channels cannot be divided into 4 equal groups"):
+        selective_scan(**{**good, "B": torch.ones(2, 4, 3, 9), "C": torch.ones(2, 4, 3, 9)})
+    mixed = selective_scan(**{**good, "B": torch.ones(2, 1, 3, 9)}, delta_softplus=True)
+    assert torch.equal(mixed, selective_scan(**good, delta_softplus=True))
+
+
+@pytest.mark.parametrize("name", ["triton", "native", "torch", "reference"])
+def test_nothing_gives_nothing(name: str) -> None:
+    try:
+        engines.force(name, CPU)
+    except BackendError:
+        pytest.skip(f"{name} does not run here")
+    try:
+        for batch, channels, length in ((0, 6, 9), (2, 0, 9), (2, 6, 0)):
+            u = torch.ones(batch, channels, length)
+            y = selective_scan(u, u, -torch.ones(channels, 3), *2 * [torch.ones(batch, 3, length)])
+            assert (y.shape, y.dtype) == (u.shape, u.dtype)
+        grid = scan_four_ways(
+            torch.ones(0, 3, 4, 6),
+            torch.ones(0, 3, 4, 4, 5),
+            torch.ones(4, 6, 3),
+            torch.ones(4, 6),
+            -torch.ones(4, 6),
+            torch.ones(6),
+        )
+        assert grid.shape == (0, 3, 4, 6)
+        assert selective_scan(**scan_arguments(), delta_softplus=True).dtype == torch.float32
+    finally:
+        engines.force(None)

@@ -16,8 +16,9 @@ class ScanChoice:
     """The engine of an extraction.
 
     Attributes:
-        engine: its name.
-        fallback: why it is the slow one, and the commands that would enable faster ones; else empty.
+        engine: its name; of VMamba's scan, which mamba-ssm leaves to triton, that of the one which computes it.
+        fallback: why it is the slow one, and the commands that would enable faster ones; else empty. A GPU's engine may
+            also fail in the middle of an extraction.
     """
 
     engine: EngineName
@@ -33,8 +34,11 @@ def scan_choice(backbone: Backbone) -> ScanChoice | None:
     if not backbone.net.scans:
         return None
     device = next(backbone.parameters()).device
-    chosen = engines.choose(device).name
+    engine = engines.choose(device)
+    chosen = engine.four_ways_engine(device) if backbone.net.scans == "four ways" else engine.name
     fallback = ""
+    if failed := engines.engine(chosen).obstacle(device):
+        return ScanChoice(engine="torch", fallback=f"'{chosen}' failed, and 'torch' took over: {failed.why}")
     if chosen == "torch" and engines.forced() is None:
         found = engines.engines_report(device)
         better = [(name, obstacle) for name, obstacle in found if obstacle and name in _FAST.get(device.type, ())]

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,12 @@ class FamilyNet(nn.Module, ABC):
         forward_version: raised whenever a change of the code changes the tokens of the same weights.
         keep_float32: ends of the dotted names of parameters and buffers that stay float32 when the rest is cast to
             bfloat16 or float16, e.g. "A_log" or "dt_proj.bias". Batch norms always do.
-        scans: whether it computes selective scans, through `vlmx.extract.ops.selective_scan`.
+        scans: which selective scans it computes, through `vlmx.extract.ops.selective_scan`: of sequences, or of grids
+            in four directions; empty when it computes none.
     """
 
     keep_float32: ClassVar[tuple[str, ...]] = ()
-    scans: ClassVar[bool] = False
+    scans: ClassVar[Literal["", "sequences", "four ways"]] = ""
 
     grid: tuple[int, int]
     dim: int

@@ -243,7 +243,7 @@ class MambaVision(FamilyNet):
         tap: the stage whose map is returned (2 in the published nets, "stage 3" of the paper).
     """
 
-    scans = True
+    scans = "sequences"
     keep_float32 = ("A_log", "D", "dt_proj.bias")
 
     def __init__(

@@ -164,7 +164,7 @@ class VimNet(FamilyNet):
         stride: pixels between patches: 16, or 8 for the fine-tuned "-ft" checkpoints.
     """
 
-    scans = True
+    scans = "sequences"
     keep_float32 = ("A_log", "A_b_log", "D", "D_b", "dt_bias", "dt_bias_b")
 
     def __init__(self, *, res: tuple[int, int], embed_dim: int, depth: int, stride: int) -> None:

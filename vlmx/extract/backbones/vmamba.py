@@ -196,7 +196,7 @@ class VMambaNet(VMambaTrunk, FamilyNet):
     """
 
     forward_version = 1
-    scans = True
+    scans = "four ways"
     keep_float32 = ("A_logs", "Ds", "dt_projs_bias")
 
     def __init__(

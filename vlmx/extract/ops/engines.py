@@ -55,6 +55,10 @@ class Engine(ABC):
     def obstacle(self, device: torch.device) -> Obstacle | None:
         """What keeps it from running on `device`; None when it can. May build or import something at the first call."""
 
+    def four_ways_engine(self, device: torch.device) -> EngineName:
+        """Name of the engine that really computes `scan_four_ways` on `device`."""
+        return self.name
+
     @abstractmethod
     def scan(
         self,

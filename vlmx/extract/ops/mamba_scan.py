@@ -89,6 +89,9 @@ class MambaEngine(Engine):
         y_BLD = y_BDL.transpose(1, 2).to(u_BLD.dtype)
         return y_BLD.flip(1) if reverse else y_BLD
 
+    def four_ways_engine(self, device: torch.device) -> EngineName:
+        return "triton" if engine("triton").obstacle(device) is None else self.name
+
     def scan_four_ways(
         self,
         u_BHWD: Tensor,

@@ -1,24 +1,18 @@
-"""How does the C kernel of the selective scans come to a machine: compiled once, checked, kept, and called by threads?
+"""How are the selective scans computed by a C kernel, on as many threads as torch has?
 
 Legend: B images, L sequence length, D channels, G groups of channels that share B and C, N states a channel; H x W
 cells of a grid, K the four directions, R rank of the step size, P = R + 2.
 
 `native.c` needs a C compiler and nothing else: no headers of torch or Python. It is compiled at its first use (about a
-second) into $XDG_CACHE_HOME/vlmx/native, under a name made of all that it depends on, and called through ctypes, which
-lets go of Python's lock. It is used only if it agrees with the torch engine on a small input.
+second), kept (`shared_library`), and called through ctypes, which lets go of Python's lock. It is used only if it
+agrees with the torch engine on a small input.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -28,13 +22,17 @@ import torch
 from torch import Tensor
 
 from vlmx.extract.ops.engines import Engine, EngineName, Obstacle
+from vlmx.extract.ops.shared_library import discard, library_of
 from vlmx.extract.ops.torch_scan import ENGINE as TORCH
 
 SOURCE = Path(__file__).with_name("native.c")
 MOST_STATES = 64  # as in native.c
 _LANES = 16  # as in native.c
 _LOG2_E = math.log2(math.e)
-_FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared")
+_OWN: dict[str, Any] = {
+    "dtype": torch.float32,
+    "device": torch.device("cpu"),
+}  # whatever torch's defaults are at the moment
 
 
 class _ScanArgs(ctypes.Structure):
@@ -113,7 +111,7 @@ class NativeEngine(Engine):
         gate = None if gate_BLD is None else _lined_up(gate_BLD)
         skip, bias = (None if x is None else x.float().contiguous() for x in (skip_D, bias_D))
         A_ND = (A_DN.float() * _LOG2_E).T.contiguous()
-        y_BLD = torch.empty(batch, length, channels)
+        y_BLD = torch.empty(batch, length, channels, **_OWN)
         pointers = [_address(x) for x in (u_BLD, dt_BLD, B_BLGN, C_BLGN, gate, A_ND, skip, bias, y_BLD)]
         sizes = [batch, length, channels, groups, states, int(softplus), int(reverse)]
         gate_strides = (0, 0) if gate is None else gate.stride()[:2]
@@ -136,8 +134,9 @@ class NativeEngine(Engine):
         batch, rows, columns, channels = u_BHWD.shape
         inputs = [u_BHWD, low_BHWKP, dt_weight_KDR.transpose(1, 2), dt_bias_KD, A_KD.float() * _LOG2_E, skip_D]
         dense = [x.float().contiguous() for x in inputs]
-        y_BHWD = torch.empty(batch, rows, columns, channels)
-        by_columns = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns).T.contiguous()
+        y_BHWD = torch.empty(batch, rows, columns, channels, **_OWN)
+        cells = torch.arange(rows * columns, dtype=torch.int32, device=_OWN["device"])
+        by_columns = cells.view(rows, columns).T.contiguous()
         pointers = [_address(x) for x in (*dense, by_columns, y_BHWD)]
         blocks = -(-channels // _LANES)
         sizes = [batch, rows * columns, channels, dt_weight_KDR.shape[2]]
@@ -151,7 +150,7 @@ class NativeEngine(Engine):
         x_BLD = _lined_up(x_BLD)
         weight_JD = weight_DJ.float().T.contiguous()
         bias = None if bias_D is None else bias_D.float().contiguous()
-        y_BLD = torch.empty(x_BLD.shape)
+        y_BLD = torch.empty(x_BLD.shape, **_OWN)
         pointers = [_address(x) for x in (x_BLD, weight_JD, bias, y_BLD)]
         args = _ConvArgs(*pointers, *x_BLD.shape, weight_DJ.shape[1], before, *x_BLD.stride()[:2])
         _run("vlmx_conv_silu", args, len(x_BLD) * -(-x_BLD.shape[2] // _LANES))
@@ -160,28 +159,32 @@ class NativeEngine(Engine):
     @cache  # noqa: B019  (there is one engine)
     def _miscompiled(self) -> Obstacle | None:
         """Compare with the torch engine once: every branch of the kernel, on a few hundred numbers."""
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator("cpu").manual_seed(0)
+        options: Any = {"generator": g, **_OWN}
         worst = 0.0
         with torch.inference_mode():
             for states, reverse in ((1, False), (3, True), (8, False), (16, True)):
-                u, dt, gate = (torch.randn(2, 6, 40, generator=g) for _ in range(3))
-                B, C = (torch.randn(2, 6, 2, states, generator=g) for _ in range(2))
-                args = (u, dt, -torch.rand(40, states, generator=g), B, C)
-                skip, bias = torch.randn(2, 40, generator=g)
+                u, dt, gate = (torch.randn(2, 6, 40, **options) for _ in range(3))
+                B, C = (torch.randn(2, 6, 2, states, **options) for _ in range(2))
+                args = (u, dt, -torch.rand(40, states, **options), B, C)
+                skip, bias = torch.randn(2, 40, **options)
                 theirs, ours = (
                     e.scan(*args, skip_D=skip, bias_D=bias, gate_BLD=gate, reverse=reverse) for e in (TORCH, self)
                 )
                 worst = max(worst, _difference(ours, theirs))
-            grid = (torch.randn(2, 3, 5, 24, generator=g), torch.randn(2, 3, 5, 4, 5, generator=g))
-            weights = (torch.randn(4, 24, 3, generator=g), torch.randn(4, 24, generator=g))
-            rates_skip = (-torch.rand(4, 24, generator=g), torch.randn(24, generator=g))
+            grid = (torch.randn(2, 3, 5, 24, **options), torch.randn(2, 3, 5, 4, 5, **options))
+            weights = (torch.randn(4, 24, 3, **options), torch.randn(4, 24, **options))
+            rates_skip = (-torch.rand(4, 24, **options), torch.randn(24, **options))
             theirs, ours = (e.scan_four_ways(*grid, *weights, *rates_skip) for e in (TORCH, self))
             worst = max(worst, _difference(ours, theirs))
-            x, kernel, bias = (torch.randn(*shape, generator=g) for shape in ((2, 6, 40), (40, 4), (40,)))
+            x, kernel, bias = (torch.randn(*shape, **options) for shape in ((2, 6, 40), (40, 4), (40,)))
             theirs, ours = (e.conv_silu(x, kernel, bias, before=3) for e in (TORCH, self))
             worst = max(worst, _difference(ours, theirs))
         if worst <= 1e-4:
             return None
+        library = _library()
+        assert isinstance(library, ctypes.CDLL)
+        discard(library)
         return Obstacle(why=f"the compiled kernel is off by {worst:.1e} standard deviations", fix="apt install gcc")
 
 
@@ -223,62 +226,15 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 @cache
 def _library() -> ctypes.CDLL | Obstacle:
-    """The compiled and checked kernel, or why there is none."""
-    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-    if compiler is None:
-        return Obstacle(why="no C compiler (cc, gcc or clang) is on the PATH", fix="apt install gcc")
-    try:
-        library = ctypes.CDLL(str(compiled(compiler)))
-    except subprocess.SubprocessError as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return Obstacle(why=f"{compiler} cannot compile it: {said.strip().splitlines()[-1]}", fix="apt install gcc")
-    except OSError as error:
-        fix = "export XDG_CACHE_HOME=/a/folder/that/can/be/written/and/executed"
-        return Obstacle(why=f"it cannot be built or loaded: {error}", fix=fix)
+    """The compiled kernel, or why there is none."""
+    library = library_of(SOURCE)
+    if isinstance(library, Obstacle):
+        return library
     for name, args in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes = [ctypes.POINTER(args), ctypes.c_int64, ctypes.c_int64]
         function.restype = None
     return library
-
-
-def compiled(compiler: str) -> Path:
-    """The shared library: from the cache, or compiled now. Several processes may do this at once.
-
-    Raises:
-        subprocess.SubprocessError: the compiler refuses.
-        OSError: the cache cannot be written.
-    """
-    target = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    version = _output_of([compiler, "--version"])
-    parts: Sequence[str | bytes] = (SOURCE.read_bytes(), version, *_FLAGS, target, _cpu())
-    key = hashlib.sha256(b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)).hexdigest()[:16]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    library = Path(root) / "vlmx" / "native" / key / "scan.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
-        os.close(handle)
-        try:
-            _output_of([compiler, *_FLAGS, target, "-o", unfinished, str(SOURCE)])
-            os.replace(unfinished, library)
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
-    return library
-
-
-def _output_of(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-
-
-def _cpu() -> str:
-    """What -march=native depends on: machine code for one CPU may be illegal on another that shares the home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # no Linux
-        return f"{platform.machine()} {platform.processor()} {platform.version()}"
-    kinds = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(kinds)}))
 
 
 ENGINE = NativeEngine()

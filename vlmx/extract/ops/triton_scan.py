@@ -34,6 +34,7 @@ from torch import Tensor
 
 from vlmx.console import note, warn
 from vlmx.extract.ops.engines import Engine, EngineName, Obstacle, engine
+from vlmx.extract.ops.shared_library import kept_folders
 
 _FULL = 2  # programs a multiprocessor from which on paths are not cut
 _WANTED = 4  # programs a multiprocessor that cut paths make
@@ -352,8 +353,7 @@ def _passed_file(device_name: str) -> Path:
     sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("triton_kernels.py", "triton_scan.py"))
     versions = f"{triton.__version__} {torch.__version__} {device_name}"
     digest = hashlib.sha256(sources + versions.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "vlmx" / "triton" / digest
+    return next(kept_folders("triton")) / digest
 
 
 def check_kernels(device: str) -> None:
