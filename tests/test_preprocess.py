@@ -1,6 +1,7 @@
 """Is the encoder's input what the geometry says: decoding, letterbox, normalisation, and where a box lands?"""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +107,18 @@ def test_the_crop_keeps_the_middle_of_the_resized_photo() -> None:
     geometry = Geometry(mode="letterbox", height=56, width=56, fill=(0, 0, 0), crop_pct=0.9)  # 56 / 0.9 = 62.2
     expected = photo.resize((62, 62), Image.Resampling.BICUBIC).crop((3, 3, 59, 59))
     assert place(photo, geometry).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.tif"])
+def test_sixteen_bits_become_eight_instead_of_white(tmp_path: Path, name: str) -> None:
+    values = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    decoded = np.asarray(decode((tmp_path / name).read_bytes()))
+    np.testing.assert_array_equal(decoded, np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floating-point numbers"), (np.int32, "32-bit integers")])
+def test_numbers_without_a_white_are_undecodable_instead_of_black(tmp_path: Path, dtype: type, kind: str) -> None:
+    Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(dtype)).save(tmp_path / "photo.tif")
+    with pytest.raises(UndecodableImage, match=kind):
+        decode((tmp_path / "photo.tif").read_bytes())

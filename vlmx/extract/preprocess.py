@@ -59,7 +59,7 @@ def decode(data: bytes) -> Image.Image:
     """Decode all pixels of a file (the first frame of an animation) to RGB.
 
     Raises:
-        UndecodableImage: the file is empty, truncated, no image, or has no pixels.
+        UndecodableImage: the file is empty, truncated, no image, or has no pixels, or none with a known range.
     """
     if not data:
         raise UndecodableImage("the file is empty")
@@ -67,10 +67,24 @@ def decode(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             if 0 in image.size:
                 raise UndecodableImage(f"the image has no pixels ({image.size[0]}x{image.size[1]})")
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
     except DAMAGE as error:
         reason = "not an image that Pillow knows" if "cannot identify" in str(error) else str(error) or repr(error)
         raise UndecodableImage(reason.splitlines()[0]) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of more than 8 bits a channel with its values divided, where Pillow would clip them: all white.
+
+    Raises:
+        UndecodableImage: its numbers have no range that could be called black to white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # both reach from 0 to 65535
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise UndecodableImage(f"its pixels are {kind}, of which none is known to be white")
+    return image
 
 
 def place(image: Image.Image, geometry: Geometry) -> Image.Image:
