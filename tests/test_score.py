@@ -4,26 +4,25 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from vlmx.cache_specs.geometry import Geometry
 from vlmx.data.mini import study
 from vlmx.data.records import Question
-from vlmx.errors import RunError, UsageError
-from vlmx.evaluate.answers import Answer, AnswerFile, Header, answers_path
+from vlmx.errors import DataError, RunError, UsageError
+from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_path
+from vlmx.evaluate.baselines import baselines_of
 from vlmx.evaluate.compare import compare, order
-from vlmx.evaluate.intervals import interval95
-from vlmx.evaluate.score import Grade, grade, grade_answers, score_grades, score_run
+from vlmx.evaluate.score import Grade, grade, grade_answers, grades_of_run, score_grades, score_run
 from vlmx.runs import RunFolder
 
 SQUARE = Geometry(mode="letterbox", height=64, width=64, fill=(0, 0, 0))
 
 
-def header(benchmark: str, questions: int, limit: int | None = None) -> Header:
+def header(benchmark: str, questions: int, limit: int | None = None, control: Control = "none") -> Header:
     return Header(
         benchmark=benchmark,
-        control="none",
+        control=control,
         questions=questions,
         limit=limit,
         model="m",
@@ -35,10 +34,27 @@ def header(benchmark: str, questions: int, limit: int | None = None) -> Header:
     )
 
 
-def region(image_wh: tuple[int, int], box: tuple[float, float, float, float]) -> Question:
+def asked(benchmark: str, number: int, kind: str, *answers: str) -> Question:
+    return Question(
+        id=f"{benchmark}/{number}",
+        benchmark=benchmark,
+        image=f"i{number}",
+        prompt="?",
+        kind="text",
+        question_type=kind,
+        answers=answers,
+        image_wh=(64, 64),
+    )
+
+
+def answered(questions: list[Question], *texts: str) -> list[Answer]:
+    return [Answer(id=q.id, image=q.image, prompt=q.prompt, text=t) for q, t in zip(questions, texts, strict=True)]
+
+
+def region(image_wh: tuple[int, int], box: tuple[float, float, float, float], benchmark: str = "mini-ref") -> Question:
     return Question(
         id="r",
-        benchmark="mini-ref",
+        benchmark=benchmark,
         image="i",
         prompt="?",
         kind="box",
@@ -63,6 +79,96 @@ def test_the_papers_box_rule_ignores_the_letterbox_and_rounds_the_truth() -> Non
     assert grade(wide, "[0.0, 0.25, 0.4, 0.75]", SQUARE, box_rule="paper").value == 0.0
 
 
+def test_both_comparisons_stand_beside_each_other() -> None:
+    wide = region((200, 100), (0, 0, 100, 100), benchmark="ocid-ref")
+    seen = grade(wide, "[0.0, 0.25, 0.125, 0.75]", SQUARE)
+    assert (seen.value, seen.overlaps) == (1.0, {"corrected": 0.25, "raw": 0.125})  # a quarter is enough here
+    assert grade(wide, "[0.0, 0.25, 0.125, 0.75]", SQUARE, box_rule="paper").value == 0.0
+    score = score_grades(header("ocid-ref", 1), [seen])
+    assert score.details == {
+        "corrected_iou50": 0.0,
+        "corrected_iou25": 100.0,
+        "corrected_mean_iou": 25.0,
+        "raw_iou50": 0.0,
+        "raw_iou25": 0.0,
+        "raw_mean_iou": 12.5,
+    }
+    assert score.metric.startswith("IoU >= 0.25 after")
+    assert score.baselines == {"random_object": 100.0, "mean_box": 100.0}
+
+
+def test_popes_score_is_the_mean_of_its_splits() -> None:
+    questions = [asked("pope", n, "random" if n < 4 else "popular", "yes" if n % 2 else "no") for n in range(6)]
+    answers = answered(questions, "no", "yes", "no", "yes", "no", "no")
+    grades = grade_answers(header("pope", 6), answers, questions)
+    score = score_grades(header("pope", 6), grades)
+    assert score.score == 75.0  # 4 of 4 and 1 of 2, however many questions a split has
+    assert score.interval95[0] < 75 < score.interval95[1]
+    assert (score.details["random_accuracy"], score.details["popular_accuracy"]) == (100.0, 50.0)
+    assert score.details["all_accuracy"] == pytest.approx(100 * 5 / 6)
+    assert score.details["random_f1"] == 100.0
+    assert score.baselines == {"prior": 50.0}
+    assert "random_auc_roc" not in score.details
+    strange = grade_answers(header("pope", 6), answered(questions, "", "a dog", "no", "yes", "no", "no"), questions)
+    assert score_grades(header("pope", 6), strange).invalid == 2
+
+
+def test_probabilities_count_instead_of_the_text() -> None:
+    questions = [asked("pope", 0, "random", "yes"), asked("pope", 1, "random", "no")]
+    probabilities = {"pope/0": (0.6, 0.4), "pope/1": (0.7, 0.3)}
+    answers = answered(questions, "", "No")
+    grades = grade_answers(header("pope", 2), answers, questions, probabilities=probabilities)
+    assert [g.value for g in grades] == [1.0, 0.0]
+    score = score_grades(header("pope", 2), grades)
+    assert (score.score, score.invalid) == (50.0, 0)
+    assert (score.details["random_auc_roc"], score.details["random_yes_ratio"]) == (0.0, 100.0)
+    half = grade_answers(header("pope", 2), answers, questions, probabilities={"pope/0": (0.6, 0.4)})
+    assert "random_auc_roc" not in score_grades(header("pope", 2), half).details  # not over a part of the answers
+    with pytest.raises(DataError, match="have no options"):
+        grade(asked("gqa", 0, "t", "yes"), "yes", SQUARE, probabilities=(0.5, 0.5))
+
+
+def test_tallyqa_counts_over_all_questions() -> None:
+    questions = [asked("tallyqa", n, "simple" if n else "complex", str(n)) for n in range(4)]
+    one_hot = {q.id: [float(n == int(q.answers[0])) for n in range(16)] for q in questions}
+    one_hot["tallyqa/0"] = [0.0] * 15 + [1.0]
+    grades = grade_answers(header("tallyqa", 4), answered(questions, *"AAAA"), questions, probabilities=one_hot)
+    score = score_grades(header("tallyqa", 4), grades)
+    assert score.score == score.details["all_accuracy"] == 75.0
+    assert (score.details["simple_accuracy"], score.details["complex_accuracy"]) == (100.0, 0.0)
+    assert (score.details["simple_auc_roc"], score.details["simple_auc_pr"]) == (100.0, 100.0)
+
+
+def test_vizwiz_with_its_unanswerable_scores_and_a_blind_prior() -> None:
+    questions = [asked("vizwiz", 0, "answerable", *["red"] * 10)]
+    questions += [asked("vizwiz", n, "unanswerable", *["unanswerable"] * 10) for n in (1, 2)]
+    answers = answered(questions, "red", "Unanswerable", "a dog")
+    score = score_grades(header("vizwiz", 3), grade_answers(header("vizwiz", 3), answers, questions))
+    assert score.score == pytest.approx(100 * 2 / 3)
+    assert (score.details["answerable"], score.details["unanswerable"]) == (100.0, 50.0)
+    assert score.details["unanswerable_f1"] == pytest.approx(100 * 2 / 3)
+    # whether it can be answered is not known to the blind: one answer for all
+    assert baselines_of(questions) == {"prior": pytest.approx(100 * 2 / 3)}
+
+
+def test_a_question_answered_twice_is_refused() -> None:
+    questions = [asked("gqa", 0, "t", "yes")]
+    with pytest.raises(RunError, match="answered more than once"):
+        grade_answers(header("gqa", 1), answered(questions, "yes") * 2, questions)
+
+
+def test_answers_of_another_benchmark_are_refused(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", kind="train", config={})
+    path = answers_path(run, "mini-read", "none")
+    AnswerFile(path, header("mini-count", 1))
+    with pytest.raises(RunError, match="answers to another benchmark"):
+        grades_of_run(run, "mini-read", "none")
+    path.unlink()
+    AnswerFile(path, header("mini-read", 1, control="shuffled"))
+    with pytest.raises(RunError, match="control: shuffled"):
+        grades_of_run(run, "mini-read", "none")
+
+
 def test_invalid_answers_are_wrong_and_counted() -> None:
     questions = study.questions("mini-ref")[:4]
     boxes = [q.box for q in questions]
@@ -71,7 +177,8 @@ def test_invalid_answers_are_wrong_and_counted() -> None:
     score = score_grades(header("mini-ref", 4), grade_answers(header("mini-ref", 4), answers, questions))
     assert (score.score, score.invalid, score.n, score.partial) == (50.0, 2, 4, False)
     assert 0 <= score.interval95[0] <= 50 <= score.interval95[1] <= 100
-    assert score.details["iou25"] == 50.0
+    assert (score.details["corrected_iou25"], score.details["raw_iou25"]) == (50.0, 50.0)
+    assert "IoU >= 0.5 after the answer was converted" in score.metric
 
 
 def test_partial_scores_are_marked_and_unknown_questions_refused() -> None:
@@ -80,6 +187,8 @@ def test_partial_scores_are_marked_and_unknown_questions_refused() -> None:
     grades = grade_answers(header("mini-count", len(questions), 5), answers, questions)
     score = score_grades(header("mini-count", len(questions), 5), grades)
     assert (score.score, score.n, score.expected, score.partial) == (100.0, 5, len(questions), True)
+    assert score.missing == 0  # five were to be asked
+    assert score_grades(header("mini-count", len(questions), 8), grades).missing == 3
     stranger = Answer(id="mini-count/elsewhere", image="x", prompt="?", text="2")
     with pytest.raises(RunError, match="belong to no question"):
         grade_answers(header("mini-count", 9), [*answers, stranger], questions)
@@ -102,16 +211,6 @@ def test_score_run_writes_what_it_returns_and_can_be_given_again(tmp_path: Path)
     assert score.encoder == "c (untrained)"
     score_run(run)
     assert path.read_bytes() == first
-
-
-def test_intervals_are_wider_when_questions_share_images() -> None:
-    values = [0.0, 100.0] * 200
-    alone = interval95(values, [str(n) for n in range(400)])
-    shared = interval95(sorted(values), [str(n // 20) for n in range(400)])
-    assert alone[0] < 50 < alone[1]
-    assert alone[1] - alone[0] == pytest.approx(2 * 1.96 * 50 / np.sqrt(400), rel=0.1)
-    assert shared[1] - shared[0] > 3 * (alone[1] - alone[0])
-    assert interval95([100.0, 100.0], ["a", "b"]) == (100.0, 100.0)
 
 
 def grades(hits: list[int], name: str = "q") -> list[Grade]:

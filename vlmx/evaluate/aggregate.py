@@ -65,8 +65,8 @@ def weighted_averages(scores: Mapping[str, float | str]) -> Averages:
 
     Args:
         scores: percent by the column names of the paper's table: vqav2, gqa, vizwiz, textvqa_ocr, textvqa, pope,
-            tallyqa, refcoco,
-            refcoco+, refcocog, ocid_ref. Numbers or their text; other keys (a row's model, size, ...) are left alone.
+            tallyqa, refcoco, refcoco+, refcocog, ocid_ref. Numbers or their text; other keys (a row's model, size, ...)
+            are left alone.
 
     Raises:
         DataError: columns are missing, or values are not percentages; all are named.

@@ -1,12 +1,16 @@
 """What are the answers of a run worth? A pure function of answers and annotations; it can be run alone and again.
 
-Scores are in percent. An answer that cannot be read counts as wrong and is counted; a score over fewer questions than
-the benchmark has is marked as partial.
+Scores are in percent. A box that cannot be read is wrong, another answer that cannot be read is worth what the
+official rule gives it, and both are counted. A score over fewer questions than the benchmark has is marked as partial.
+
+`Question.question_type` names the part of a benchmark that scores are broken down by: POPE's random, popular and
+adversarial split, TallyQA's simple and complex questions, VizWiz's answerable and unanswerable ones, OCID-Ref's
+clutter.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -15,18 +19,20 @@ from typing import Literal
 from vlmx.cache_specs.catalog import backbone_of
 from vlmx.cache_specs.geometry import Geometry, convert_box
 from vlmx.data.records import Box, Question
-from vlmx.errors import RunError
+from vlmx.errors import DataError, RunError
 from vlmx.evaluate.answers import Answer, Control, Header, answered_benchmarks, answers_path, read_answers
-from vlmx.evaluate.baselines import HIT_IOU, baselines_of
-from vlmx.evaluate.intervals import interval95
-from vlmx.evaluate.metrics import RULE_TEXT, SCORERS, rule_of
-from vlmx.evaluate.metrics.boxes import iou, parse_box
+from vlmx.evaluate.baselines import baselines_of
+from vlmx.evaluate.intervals import estimate
+from vlmx.evaluate.metrics import MEAN_OF_TYPES, breakdown, rule_of
+from vlmx.evaluate.metrics.boxes import Comparison, hit_of, overlaps, parse_box
+from vlmx.evaluate.metrics.rule import OptionRule
 from vlmx.runs import RunFolder, write_json
 
 BoxRule = Literal["exact", "paper"]
-_BOX_RULE_TEXT: Mapping[BoxRule, str] = {
-    "exact": "IoU >= 0.5 after the answer was converted from the encoder's input to the source image",
-    "paper": "IoU >= 0.5 as the paper's evaluation takes it: letterbox ignored, true box rounded to two decimals",
+COMPARISON_OF: Mapping[BoxRule, Comparison] = {"exact": "corrected", "paper": "raw"}
+_COMPARISON_TEXT: Mapping[Comparison, str] = {
+    "corrected": "after the answer was converted from the encoder's input to the source image",
+    "raw": "as the paper's evaluation takes it: letterbox ignored, true box rounded to two decimals",
 }
 
 
@@ -38,9 +44,11 @@ class Grade:
         question: the question.
         text: the answer as the model wrote it.
         value: 0..1.
-        valid: False for an empty answer and for a box that is none.
-        overlap: IoU with the true box; None for text questions.
+        valid: False for an empty answer, a box that is none, and a text that names none of the options.
+        overlap: IoU with the true box that decides about `value`; None for text questions.
+        overlaps: IoU by both comparisons, "corrected" and "raw"; empty for text questions.
         box: the answered box in pixels of the source image; None for text questions and invalid answers.
+        probabilities: of the options, where these were asked for instead of a text.
     """
 
     question: Question
@@ -48,7 +56,9 @@ class Grade:
     value: float
     valid: bool
     overlap: float | None = None
+    overlaps: Mapping[Comparison, float] = field(default_factory=dict)
     box: Box | None = None
+    probabilities: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +72,10 @@ class Score:
         interval95: bootstrap over images, percent.
         n: number of answers scored.
         expected: number of questions of the benchmark; `partial` if n is smaller.
-        invalid: number of answers that could not be read; they count as wrong.
+        missing: how many of the questions that were to be asked have no answer yet.
+        invalid: number of answers that could not be read.
         baselines: percent by name (see baselines.py), over the same questions.
-        details: boxes: "iou25" (percent at IoU 0.25) and "mean_iou" (percent); text: percent by question type.
+        details: percent by question type, and what else the official scripts report (see metrics/breakdown.py).
         model, cache, fingerprint, encoder_weights, prompt_format: what the answers were made with.
     """
 
@@ -77,6 +88,7 @@ class Score:
     n: int
     expected: int
     partial: bool
+    missing: int
     invalid: int
     baselines: Mapping[str, float]
     details: Mapping[str, float] = field(default_factory=dict)
@@ -93,75 +105,133 @@ class Score:
         return f"{name} (untrained)" if "random:" in self.encoder_weights else name
 
 
-def grade(question: Question, text: str, geometry: Geometry, *, box_rule: BoxRule = "exact") -> Grade:
+def grade(
+    question: Question,
+    text: str,
+    geometry: Geometry,
+    *,
+    box_rule: BoxRule = "exact",
+    probabilities: Sequence[float] | None = None,
+) -> Grade:
     """Compare one answer with the annotation.
 
     Args:
-        question: its benchmark's name chooses the text rule (see metrics).
+        question: its benchmark's name chooses the rule (see metrics).
         text: the answer as the model wrote it.
         geometry: how the images were brought to the encoder's size; answered boxes are in parts of that input.
         box_rule: "paper" takes answered boxes as parts of the source image and rounds the true box to two decimals.
+        probabilities: of the options, in their order; they count instead of the text.
+
+    Raises:
+        DataError: probabilities do not fit the question.
     """
     if question.kind == "text":
-        value = SCORERS[rule_of(question.benchmark)](text, question.answers)
-        return Grade(question=question, text=text, value=value, valid=bool(text.strip()))
+        return _grade_text(question, text, probabilities)
     assert question.box is not None
+    comparison = COMPARISON_OF[box_rule]
     answered = parse_box(text)
     if answered is None:
-        return Grade(question=question, text=text, value=0.0, valid=False, overlap=0.0)
-    truth = question.box
-    from_frame: Literal["source_unit", "padded_unit"] = "padded_unit"
-    if box_rule == "paper":
-        from_frame = "source_unit"
-        width, height = question.image_wh
-        x1, y1, x2, y2 = truth
-        rounded = (round(x1 / width, 2), round(y1 / height, 2), round(x2 / width, 2), round(y2 / height, 2))
-        truth = convert_box(rounded, geometry, question.image_wh, "source_unit", "source")
-    box = convert_box(answered, geometry, question.image_wh, from_frame, "source")
-    overlap = iou(box, truth)
-    return Grade(question=question, text=text, value=float(overlap >= HIT_IOU), valid=True, overlap=overlap, box=box)
+        none: dict[Comparison, float] = {"corrected": 0.0, "raw": 0.0}
+        return Grade(question=question, text=text, value=0.0, valid=False, overlap=0.0, overlaps=none)
+    found = overlaps(answered, question.box, geometry, question.image_wh)
+    return Grade(
+        question=question,
+        text=text,
+        value=float(found[comparison] >= hit_of(question.benchmark).least_iou),
+        valid=True,
+        overlap=found[comparison],
+        overlaps=found,
+        box=convert_box(
+            answered, geometry, question.image_wh, "source_unit" if comparison == "raw" else "padded_unit", "source"
+        ),
+    )
+
+
+def _grade_text(question: Question, text: str, probabilities: Sequence[float] | None) -> Grade:
+    rule = rule_of(question.benchmark)
+    if probabilities is None:
+        return Grade(question=question, text=text, value=rule(text, question.answers), valid=rule.is_readable(text))
+    if not isinstance(rule, OptionRule):
+        raise DataError(
+            f"an answer to '{question.benchmark}' has probabilities of options",
+            why=f"its questions have no options: {question.id}",
+        )
+    value = rule(probabilities, question.answers)
+    return Grade(question=question, text=text, value=value, valid=True, probabilities=probabilities)
 
 
 def grade_answers(
-    header: Header, answers: Sequence[Answer], questions: Sequence[Question], *, box_rule: BoxRule = "exact"
+    header: Header,
+    answers: Sequence[Answer],
+    questions: Sequence[Question],
+    *,
+    box_rule: BoxRule = "exact",
+    probabilities: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Grade]:
     """Grades in the order of the benchmark, for the questions that were asked.
 
+    Args:
+        header, answers: as read from an answers.jsonl.
+        questions: all questions of the benchmark.
+        box_rule: see `grade`.
+        probabilities: by question id, those of the options where the first token was asked for them.
+
     Raises:
-        RunError: an answer's question is not in the benchmark, or there are no answers.
+        RunError: an answer's question is not in the benchmark, a question is answered twice, or there are no answers.
     """
     by_id = {answer.id: answer for answer in answers}
     strangers = set(by_id) - {question.id for question in questions}
     if strangers:
         raise RunError(
             f"{len(strangers)} answers belong to no question of '{header.benchmark}'",
-            why=f"e.g. {min(strangers)}; the benchmark has changed since they were made",
+            why=f"e.g. {min(strangers)}; they belong to another benchmark or split, or it has changed since",
             fix="delete the answers and give `vlmx eval` again",
         )
     if not by_id:
         raise RunError(f"there are no answers to '{header.benchmark}' yet", fix="give `vlmx eval --run RUN` again")
+    if len(by_id) < len(answers):
+        twice = [name for name, count in Counter(answer.id for answer in answers).items() if count > 1]
+        raise RunError(
+            f"{len(twice)} questions of '{header.benchmark}' are answered more than once",
+            why=f"e.g. {twice[0]}; which answer is meant cannot be known",
+            fix="delete the answers and give `vlmx eval` again",
+        )
     geometry = Geometry(**header.geometry)
-    return [grade(q, by_id[q.id].text, geometry, box_rule=box_rule) for q in questions if q.id in by_id]
+    options = probabilities or {}
+    return [
+        grade(q, by_id[q.id].text, geometry, box_rule=box_rule, probabilities=options.get(q.id))
+        for q in questions
+        if q.id in by_id
+    ]
 
 
 def score_grades(header: Header, grades: Sequence[Grade], *, box_rule: BoxRule = "exact") -> Score:
-    """Sum up the grades of one benchmark."""
+    """Sum up the grades of one benchmark.
+
+    The score is the mean over questions; POPE's, as in the paper's evaluation, the mean of its splits.
+    """
     asked = [g.question for g in grades]
     kind = asked[0].kind
-    values = [100 * g.value for g in grades]
+    types = [question.question_type for question in asked]
+    overall = estimate(
+        [100 * g.value for g in grades],
+        [question.image for question in asked],
+        strata=types if header.benchmark in MEAN_OF_TYPES else None,
+    )
     return Score(
         benchmark=header.benchmark,
         kind=kind,
         control=header.control,
-        metric=_BOX_RULE_TEXT[box_rule] if kind == "box" else RULE_TEXT[rule_of(header.benchmark)],
-        score=_mean(values),
-        interval95=interval95(values, [question.image for question in asked]),
+        metric=_metric(header.benchmark, kind, box_rule),
+        score=overall.value,
+        interval95=overall.interval95,
         n=len(grades),
         expected=header.questions,
         partial=len(grades) < header.questions,
+        missing=min(header.questions, header.limit or header.questions) - len(grades),
         invalid=sum(not g.valid for g in grades),
         baselines={str(name): value for name, value in baselines_of(asked).items()},
-        details=_box_details(grades) if kind == "box" else _by_question_type(grades),
+        details=_details(header.benchmark, grades, types),
         model=header.model,
         cache=header.cache,
         fingerprint=header.fingerprint,
@@ -170,27 +240,49 @@ def score_grades(header: Header, grades: Sequence[Grade], *, box_rule: BoxRule =
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _metric(benchmark: str, kind: Literal["text", "box"], box_rule: BoxRule) -> str:
+    if kind == "text":
+        return rule_of(benchmark).text
+    return f"{hit_of(benchmark).text} {_COMPARISON_TEXT[COMPARISON_OF[box_rule]]}"
 
 
-def _box_details(grades: Sequence[Grade]) -> dict[str, float]:
-    overlaps = [g.overlap or 0.0 for g in grades]
-    return {"iou25": 100 * _mean([overlap >= 0.25 for overlap in overlaps]), "mean_iou": 100 * _mean(overlaps)}
-
-
-def _by_question_type(grades: Sequence[Grade]) -> dict[str, float]:
-    by_type: dict[str, list[float]] = defaultdict(list)
-    for g in grades:
-        by_type[g.question.question_type].append(100 * g.value)
-    return {name: _mean(values) for name, values in sorted(by_type.items())}
+def _details(benchmark: str, grades: Sequence[Grade], types: Sequence[str]) -> dict[str, float]:
+    found = breakdown.parts(types, [g.value for g in grades])
+    if grades[0].question.kind == "box":
+        return {**(found if len(found) > 1 else {}), **breakdown.boxes([g.overlaps for g in grades])}
+    if benchmark == "vizwiz":
+        return {**found, **breakdown.vizwiz(types, [g.text for g in grades])}
+    rule = rule_of(benchmark)
+    if not isinstance(rule, OptionRule):
+        return found
+    known = [g.probabilities for g in grades if g.probabilities is not None]
+    probabilities = known if len(known) == len(grades) else None
+    truths = [rule.clean_answer(g.question.answers[0]) for g in grades]
+    if benchmark == "pope":
+        said = [
+            rule.clean_prediction(g.text) if g.probabilities is None else rule.chosen(g.probabilities) for g in grades
+        ]
+        return breakdown.pope(types, said, truths, probabilities)
+    return breakdown.tallyqa(types, [g.value == 1 for g in grades], truths, probabilities)
 
 
 def grades_of_run(
     run: RunFolder, benchmark: str, control: Control, *, box_rule: BoxRule = "exact"
 ) -> tuple[Header, list[Grade]]:
-    """Read a run's answers to a benchmark and grade them."""
-    header, answers = read_answers(answers_path(run, benchmark, control))
+    """Read a run's answers to a benchmark and grade them.
+
+    Raises:
+        RunError: the file holds answers to another benchmark, or under another control.
+    """
+    path = answers_path(run, benchmark, control)
+    header, answers = read_answers(path)
+    if (header.benchmark, header.control) != (benchmark, control):
+        raise RunError(
+            f"{path} holds answers to another benchmark",
+            why=f"they were made for '{header.benchmark}' (control: {header.control}), the folder is for '{benchmark}' "
+            f"(control: {control})",
+            fix="move the file back to where it came from",
+        )
     return header, grade_answers(header, answers, questions_of(benchmark), box_rule=box_rule)
 
 

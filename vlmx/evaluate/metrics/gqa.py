@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+
+from vlmx.evaluate.metrics.rule import TextRule, all_or_nothing
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalise(text: str) -> str:
-    """Lower case, ASCII punctuation removed, outer spaces removed."""
-    return text.translate(_NO_PUNCTUATION).lower().strip()
+def _plain(text: str) -> str:
+    return text.translate(_NO_PUNCTUATION).lower()
 
 
-def gqa(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the normalised prediction is one of `answers` as they stand, else 0.0.
-
-    The reference evaluation normalises only the prediction; GQA's own answers are lower case without punctuation.
-    """
-    return float(normalise(prediction) in answers)
+def _plain_and_stripped(text: str) -> str:
+    return _plain(text).strip()
 
 
-def exact(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction is one of `answers` after both were normalised as GQA does it, else 0.0."""
-    return float(normalise(prediction) in {normalise(answer) for answer in answers})
+def _as_it_stands(text: str) -> str:
+    return text
+
+
+# The reference evaluation normalises only the prediction, and leaves its spaces alone; GQA's own answers are lower
+# case without punctuation.
+GQA = TextRule(
+    text="exact match by the GQA rule (prediction in lower case and without ASCII punctuation)",
+    clean_prediction=_plain,
+    clean_answer=_as_it_stands,
+    worth=all_or_nothing,
+)
+EXACT = TextRule(
+    text="exact match, both sides in lower case and without punctuation (the GQA normalisation)",
+    clean_prediction=_plain_and_stripped,
+    clean_answer=_plain_and_stripped,
+    worth=all_or_nothing,
+)

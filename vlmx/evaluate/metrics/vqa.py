@@ -16,16 +16,20 @@ benchmarks' authors), oddities included: see `_DROPPED_PERIODS` and `_BACKTICK_E
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 
-_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+from vlmx.evaluate.metrics.rule import TextRule, leave_one_out_vote
+
+_MARKS = frozenset(';/[]"{}()=+\\_-><@`,?!')
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
+DIGITS: Mapping[str, str] = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
 _ARTICLES = frozenset({"a", "an", "the"})
 _PERIOD = re.compile(r"\.(?!\d)")
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 # The reference hands a regex flag (re.UNICODE, which is 32) to the argument `count`, so only the first 32 periods go.
 _DROPPED_PERIODS = 32
+_KEPT = 1 << 15  # cleaned texts that are remembered: annotators repeat themselves
 
 # Right spellings; each is also what its variants with one apostrophe forgotten are turned into.
 _CONTRACTIONS = """
@@ -57,47 +61,69 @@ _WITH_BACKTICK = {
 } | {"couldn'tve": "couldn`t`ve", "hadn'tve": "hadn`t`ve"}
 
 
-def vqav2(prediction: str, answers: Sequence[str]) -> float:
-    """VQA-v2 accuracy of one question in 0..1."""
-    return _vote(
-        _clean_words(_clean_marks(_one_line(prediction)), _WITH_APOSTROPHE),
-        [_clean_marks(answer) for answer in answers],
-    )
-
-
-def vizwiz(prediction: str, answers: Sequence[str]) -> float:
-    """VizWiz accuracy of one question in 0..1."""
-    return _vote(_clean_words(_clean_marks(_one_line(prediction)), _WITH_BACKTICK), answers)
-
-
-def textvqa(prediction: str, answers: Sequence[str]) -> float:
-    """TextVQA soft accuracy of one question in 0..1, with or without OCR tokens in the prompt."""
-    return _vote(_clean_textvqa(prediction), [_clean_textvqa(answer) for answer in answers])
-
-
-def _vote(prediction: str, answers: Sequence[str]) -> float:
-    """The soft vote in closed form: leaving out a supporter makes one fewer, leaving out another one does not."""
-    supporters, total = sum(answer == prediction for answer in answers), len(answers)
-    without_a_supporter, without_another = min(1.0, (supporters - 1) / 3), min(1.0, supporters / 3)
-    return (supporters * without_a_supporter + (total - supporters) * without_another) / total
-
-
 def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(maxsize=_KEPT)
 def _clean_marks(text: str) -> str:
     """Drop marks that touch a space somewhere, or all marks if there is a number like 1,000; others become spaces."""
     has_long_number = _DIGIT_COMMA_DIGIT.search(text) is not None
-    table = {ord(mark): "" if has_long_number or f"{mark} " in text or f" {mark}" in text else " " for mark in _MARKS}
+    table = {
+        ord(mark): "" if has_long_number or f"{mark} " in text or f" {mark}" in text else " "
+        for mark in _MARKS.intersection(text)
+    }
     return _PERIOD.sub("", text.translate(table), count=_DROPPED_PERIODS)
 
 
 def _clean_words(text: str, contractions: Mapping[str, str]) -> str:
-    words = [_DIGITS.get(word, word) for word in text.lower().split() if word not in _ARTICLES]
+    words = [DIGITS.get(word, word) for word in text.lower().split() if word not in _ARTICLES]
     return " ".join(contractions.get(word, word) for word in words)
 
 
+@lru_cache(maxsize=_KEPT)
+def _clean_vqav2(text: str) -> str:
+    return _clean_words(_clean_marks(_one_line(text)), _WITH_APOSTROPHE)
+
+
+@lru_cache(maxsize=_KEPT)
+def _clean_vizwiz(text: str) -> str:
+    return _clean_words(_clean_marks(_one_line(text)), _WITH_BACKTICK)
+
+
+@lru_cache(maxsize=_KEPT)
 def _clean_textvqa(text: str) -> str:
     lowered = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return _clean_words(_clean_marks(_one_line(lowered)), _WITH_APOSTROPHE)
+    return _clean_vqav2(lowered)
+
+
+def _as_it_stands(text: str) -> str:
+    return text
+
+
+def says_unanswerable(prediction: str) -> bool:
+    """Whether VizWiz's script takes a prediction as "this cannot be answered"."""
+    return _clean_vizwiz(prediction) == "unanswerable"
+
+
+VQAV2 = TextRule(
+    text="VQA-v2 accuracy (soft vote of ten annotators)",
+    clean_prediction=_clean_vqav2,
+    clean_answer=_clean_marks,
+    worth=leave_one_out_vote,
+    one_annotator=False,
+)
+VIZWIZ = TextRule(
+    text="VizWiz accuracy (soft vote of ten annotators)",
+    clean_prediction=_clean_vizwiz,
+    clean_answer=_as_it_stands,
+    worth=leave_one_out_vote,
+    one_annotator=False,
+)
+TEXTVQA = TextRule(
+    text="TextVQA soft accuracy",
+    clean_prediction=_clean_textvqa,
+    clean_answer=_clean_textvqa,
+    worth=leave_one_out_vote,
+    one_annotator=False,
+)
