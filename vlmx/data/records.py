@@ -8,7 +8,7 @@ from typing import Literal
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2; the frame is named beside it
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # a mixture has millions of them
 class Turn:
     """One exchange: the user's message and the answer to learn."""
 
@@ -16,7 +16,7 @@ class Turn:
     answer: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
     """One training example.
 
