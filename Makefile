@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo demo-quick check test test-all test-triton wheel
+.PHONY: setup demo demo-quick check test test-all test-triton test-newest-zarr wheel
 
 setup: .venv/.stamp
 
@@ -40,6 +40,15 @@ test-triton: .venv/triton-3.9.0
 
 .venv/triton-3.9.0: | .venv/.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.9.0
+
+# The newest zarr needs a newer Python than vlmx does: make test-newest-zarr NEWER_PYTHON=python3.13. Not part of CI.
+NEWER_PYTHON ?= python3.12
+test-newest-zarr: setup .venv/newest-zarr
+	VLMX_OTHER_PYTHON=.venv/newest-zarr/bin/python $(BIN)/pytest -rA tests/test_formats.py
+
+.venv/newest-zarr: | .venv/.stamp
+	$(NEWER_PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check zarr
 
 # Build the wheel and use it from an empty folder, so that a file missing from the package is noticed.
 wheel: setup

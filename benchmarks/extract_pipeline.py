@@ -22,11 +22,11 @@ from PIL import Image
 
 from vlmx.extract.backbones.base import Backbone, build_backbone
 from vlmx.extract.batches import block_size
-from vlmx.extract.images import ImageSource, open_source
 from vlmx.extract.plan import spec_of
 from vlmx.extract.preprocess import prepare
 from vlmx.extract.runner import ExtractSummary, extract
 from vlmx.extract.scans import scan_choice
+from vlmx.extract.sources import ImageSource, open_source
 
 BESIDE = ("vit-s-in21k", "vmamba-t-in1k")
 GROWTH = {224: 16, 512: 8, 1024: 2}  # pixels, images
@@ -60,7 +60,7 @@ def extract_whole(backbone: Backbone, source: ImageSource, threads: int) -> tupl
     """Seconds of one extraction into an empty folder."""
     with tempfile.TemporaryDirectory() as root:
         started = time.perf_counter()
-        summary = extract(backbone, source, root=Path(root), threads=threads)
+        summary = extract(backbone, [source], root=Path(root), threads=threads)
         return time.perf_counter() - started, summary
 
 

@@ -5,27 +5,21 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import threading
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from cache_samples import BROKEN, GOOD, IDS, SHAPE, SLOTS, ZERO, content, flip, spec_of, tokens_of, write
-from click.testing import CliRunner
+from cache_samples import BROKEN, GOOD, IDS, SHAPE, SLOTS, ZERO, content, shard_path, spec_of, tokens_of, write
 
-from vlmx.cache_specs import reader as reader_module
-from vlmx.cache_specs.audit import info
+from vlmx.cache_specs.audit import read_runs
 from vlmx.cache_specs.catalog import find, list_caches
-from vlmx.cache_specs.command import cache as cache_command
 from vlmx.cache_specs.ids import image_id
-from vlmx.cache_specs.layout import shard_path
+from vlmx.cache_specs.places import LocalPlace
 from vlmx.cache_specs.reader import open_cache
 from vlmx.cache_specs.spec import DType, TokenShape
 from vlmx.cache_specs.writer import CacheWriter
 from vlmx.errors import (
-    CacheCorruptError,
     CacheError,
     SpecMismatchError,
     UnknownNameError,
@@ -107,7 +101,7 @@ def test_images_are_encoded_once_and_failed_ones_never_again(tmp_path: Path) -> 
     cache = write(tmp_path)
     reader = open_cache(cache)
     np.testing.assert_array_equal(reader.read(GOOD), np.stack([tokens_of(image) for image in GOOD]))
-    assert [run["shards"] for run in info(cache).runs] == [[[0, 1]], [[2, 2]]]
+    assert [run["shards"] for run in read_runs(cache)] == [[[0, 1]], [[2, 2]]]
 
 
 def test_a_second_extraction_of_the_same_images_changes_nothing(cache: Path) -> None:
@@ -147,7 +141,7 @@ def test_names_prefixes_paths_and_near_misses(tmp_path: Path) -> None:
     cache = write(tmp_path)
     assert list_caches(tmp_path) == [cache.name]
     for text in (cache.name, "vit-s-in21k@32", "vit-s", str(cache), cache):
-        assert find(tmp_path, text) == cache
+        assert find(tmp_path, text) == LocalPlace(cache)
     with pytest.raises(UnknownNameError, match="did you mean 'vit-s-in21k@32x48'"):
         find(tmp_path, "vit-s-in1k@32")
     other = write(tmp_path, dtype="float32")
@@ -176,38 +170,16 @@ def test_a_writer_refuses_a_folder_with_other_tokens(cache: Path) -> None:
         CacheWriter(cache.parent, spec_of("float32"), SHAPE)
 
 
-def test_threads_share_a_reader_with_few_open_files(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "OPEN_FILES_MAX", 1)
-    reader = open_cache(cache)
-    expected = {image: tokens_of(image) for image in GOOD}
-    wrong: list[str] = []
-
-    def work(seed: int) -> None:
-        dice = np.random.default_rng(seed)
-        for _ in range(200):
-            wanted = [GOOD[k] for k in dice.integers(0, len(GOOD), 4)]
-            for image, tokens_ND in zip(wanted, reader.read(wanted), strict=True):
-                if not np.array_equal(tokens_ND, expected[image]):
-                    wrong.append(image)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
 def test_a_forked_process_reads_with_its_own_files(cache: Path) -> None:
     reader = open_cache(cache)
     reader.read(GOOD)
-    reader._local._lock.acquire()  # as another thread may have done at the moment of the fork
+    reader._chunks._local._lock.acquire()  # as another thread may have done at the moment of the fork
     child = os.fork()
     if child == 0:
         signal.alarm(20)
         same = np.array_equal(reader.read(GOOD), np.stack([tokens_of(image) for image in GOOD]))
         os._exit(0 if same else 1)
-    reader._local._lock.release()
+    reader._chunks._local._lock.release()
     assert os.waitpid(child, 0)[1] == 0
     np.testing.assert_array_equal(reader.read([IDS[0]])[0], tokens_of(IDS[0]))
 
@@ -215,28 +187,3 @@ def test_a_forked_process_reads_with_its_own_files(cache: Path) -> None:
 def test_a_reader_can_be_sent_to_another_process(cache: Path) -> None:
     copy = pickle.loads(pickle.dumps(open_cache(cache)))
     np.testing.assert_array_equal(copy.read([IDS[8]])[0], tokens_of(IDS[8]))
-
-
-def test_the_commands_show_verify_and_repair(cache: Path) -> None:
-    def run(*arguments: str) -> Any:
-        return CliRunner().invoke(cache_command, [*arguments, "--root", str(cache.parent)])
-
-    shown = run("info", "vit-s")
-    assert shown.exit_code == 0
-    for part in (
-        "random:0 (untrained)",
-        "6 (2 x 3) x 4 float16",
-        "9 in 3 shards of 4",
-        "letterbox",
-        f"undecodable {BROKEN}",
-    ):
-        assert part in shown.output
-    assert run("verify", "vit-s", "--full").exit_code == 0
-    flip(shard_path(cache, 0), 60)
-    assert run("verify", "vit-s").exit_code == 0
-    damaged = run("verify", "vit-s", "--full")
-    assert isinstance(damaged.exception, CacheCorruptError)
-    assert damaged.exception.exit_code == 5
-    assert "shard 0" in damaged.output
-    assert run("verify", "vit-s", "--full", "--repair").exit_code == 0
-    assert [plan.index for plan in CacheWriter(cache.parent, spec_of(), SHAPE).plan(IDS)] == [0]

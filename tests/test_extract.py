@@ -21,15 +21,17 @@ from PIL import Image, ImageDraw
 
 from vlmx import cli
 from vlmx.cache_specs.ids import ImageTable, image_id
+from vlmx.cache_specs.manifest import read_manifest
 from vlmx.cache_specs.reader import open_cache
 from vlmx.cache_specs.spec import TokenShape
 from vlmx.cache_specs.writer import CacheWriter
 from vlmx.errors import CacheError, DataError, OutOfSpaceError, UsageError, VlmxError
 from vlmx.extract.backbones.base import Backbone, build_backbone
-from vlmx.extract.images import ImageRecord, ImageSource, open_source
-from vlmx.extract.plan import SourceImage, plan_extraction, spec_of
+from vlmx.extract.inventory import SourceImage
+from vlmx.extract.plan import plan_extraction, spec_of
 from vlmx.extract.preprocess import prepare
 from vlmx.extract.runner import extract
+from vlmx.extract.sources import ImageRecord, ImageSource, open_source
 
 VIT = ("--backbone", "vit-mini-scenes", "--weights", "random:0")
 
@@ -154,7 +156,7 @@ def test_bytes_depend_neither_on_batch_size_nor_on_the_other_images(tmp_path: Pa
     some = ImageSource(name="some", describe="some", images=everything.images[4:7])
     backbone = build_backbone(name, res=(64, 64), weights="random:0")
     runs = [
-        tokens_of(extract(backbone, source, root=tmp_path / str(index), batch_size=size).cache)
+        tokens_of(extract(backbone, [source], root=tmp_path / str(index), batch_size=size).cache.path)
         for index, (source, size) in enumerate([(everything, 1), (everything, 6), (some, 16)])
     ]
     assert len(runs[2]) == 3
@@ -192,7 +194,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, vit: Backbone) -> tu
         draw_photo(root / "photos" / f"{index:02}.bmp", index, (1000, 750))
     broken = root / "photos" / "13.bmp"
     broken.write_bytes(broken.read_bytes()[:900])
-    return root / "photos", extract(vit, open_source(str(root / "photos")), root=small_shards(root, vit)).cache
+    return root / "photos", extract(vit, [open_source(str(root / "photos"))], root=small_shards(root, vit)).cache.path
 
 
 def small_shards(root: Path, backbone: Backbone) -> Path:
@@ -211,18 +213,18 @@ def test_stopped_and_started_again_gives_the_same_bytes(
     number: signal.Signals,
 ) -> None:
     photos, cache = uninterrupted
-    manifest = small_shards(tmp_path, vit) / cache.name / "manifest.jsonl"
+    started = small_shards(tmp_path, vit) / cache.name
     arguments = ["extract", *VIT, "--data", str(photos), "--out", str(tmp_path), "--threads", "1"]
     process = subprocess.Popen([sys.executable, "-m", "vlmx", *arguments], stderr=subprocess.PIPE, text=True)
-    while manifest.read_text().count("\n") < 3:
+    while len(read_manifest(started).shards) < 2:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    committed = manifest.read_text().count("\n") - 1
+    committed = len(read_manifest(started).shards)
     assert 2 <= committed < 12
     if number == signal.SIGTERM:
-        assert process.returncode == 130
+        assert process.returncode == 0
         assert "stopped by SIGTERM" in err
         assert "give the same command again" in err
     else:
@@ -297,20 +299,20 @@ def test_tokens_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         backbone.net.net.pos_embed.fill_(1e6)  # the residual stream carries it to the end
     with pytest.raises(UsageError, match="do not fit into float16") as caught:
-        extract(backbone, one_image(iter([data, data])), root=tmp_path)
+        extract(backbone, [one_image(iter([data, data]))], root=tmp_path)
     assert "--dtype bfloat16" in caught.value.fix
-    summary = extract(backbone, one_image(iter([data, data])), root=tmp_path, dtype="bfloat16")
+    summary = extract(backbone, [one_image(iter([data, data]))], root=tmp_path, dtype="bfloat16")
     assert summary.new == 1
     with torch.no_grad():
         backbone.net.net.pos_embed.fill_(float("nan"))
     with pytest.raises(VlmxError, match="NaN or infinity"):
-        extract(backbone, one_image(iter([data, data])), root=tmp_path / "nan", dtype="bfloat16")
+        extract(backbone, [one_image(iter([data, data]))], root=tmp_path / "nan", dtype="bfloat16")
 
 
 def test_image_that_changes_meanwhile_is_an_error(tmp_path: Path, vit: Backbone) -> None:
     one, two = (draw_photo(tmp_path / f"{number}.png", number).read_bytes() for number in (1, 2))
     with pytest.raises(DataError, match="changed while it was being extracted"):
-        extract(vit, one_image(iter([one, two])), root=tmp_path)
+        extract(vit, [one_image(iter([one, two]))], root=tmp_path)
 
 
 def test_key_that_names_another_image_than_before_is_refused_before_encoding(
@@ -348,7 +350,7 @@ def test_full_disk_keeps_what_was_committed(tmp_path: Path, vit: Backbone) -> No
         CacheWriter(disk, spec, shape, slots=4).close()
         photos = [draw_photo(tmp_path / "photos" / f"{number:02}.png", number) for number in range(12)]
         everything = open_source(str(tmp_path / "photos"))
-        extract(vit, replace(everything, images=everything.images[:4]), root=disk)
+        extract(vit, [replace(everything, images=everything.images[:4])], root=disk)
         before = tokens_of(disk / spec.name)
         calls = []
 
@@ -361,13 +363,13 @@ def test_full_disk_keeps_what_was_committed(tmp_path: Path, vit: Backbone) -> No
 
         images = (*everything.images[:4], ImageRecord(key="04.png", load=take_the_space), *everything.images[5:])
         with pytest.raises(OutOfSpaceError, match="no space left") as caught:
-            extract(vit, replace(everything, images=images), root=disk, threads=1)
+            extract(vit, [replace(everything, images=images)], root=disk, threads=1)
         assert "same command again" in caught.value.fix
         kept = tokens_of(disk / spec.name)
         assert all(np.array_equal(kept[image], before[image]) for image in before)
 
         (disk / "filler").unlink()
-        assert extract(vit, everything, root=disk).new == 12 - len(kept)
+        assert extract(vit, [everything], root=disk).new == 12 - len(kept)
         assert len(tokens_of(disk / spec.name)) == 12
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -375,7 +377,7 @@ def test_full_disk_keeps_what_was_committed(tmp_path: Path, vit: Backbone) -> No
 
 def test_help_and_completion_are_light() -> None:
     code = (
-        "import sys; from vlmx.extract.command import complete_backbone;"
+        "import sys; from vlmx.extract.arguments import complete_backbone;"
         "print([item.value for item in complete_backbone(None, None, 'vmamba-s')]);"
         "print([name for name in ('torch', 'timm', 'zarr', 'PIL', 'numpy') if name in sys.modules])"
     )

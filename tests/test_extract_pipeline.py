@@ -22,11 +22,11 @@ from vlmx.extract import runner
 from vlmx.extract.backbones.base import Backbone, build_backbone
 from vlmx.extract.batches import fastest_size
 from vlmx.extract.behind import WorkBehind
-from vlmx.extract.images import ImageSource, open_source
 from vlmx.extract.lanes import CpuLanes, Finish
 from vlmx.extract.ops import engines
 from vlmx.extract.runner import extract
 from vlmx.extract.seconds import Seconds
+from vlmx.extract.sources import ImageSource, open_source
 
 
 @pytest.fixture(autouse=True)
@@ -117,15 +117,15 @@ def test_work_behind_ends_what_was_given_when_its_producer_fails() -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path, photos: ImageSource, name: str) -> None:
     backbone = build_backbone(name, res=(64, 64), weights="random:0")
-    two = extract(backbone, photos, root=tmp_path / "two", threads=2)
+    two = extract(backbone, [photos], root=tmp_path / "two", threads=2)
     assert two.seconds.lanes == 2
     assert torch.get_num_threads() == 2  # as it was before
     torch.set_num_threads(1)
-    one = extract(backbone, photos, root=tmp_path / "one", threads=1)
+    one = extract(backbone, [photos], root=tmp_path / "one", threads=1)
     assert one.seconds.lanes == 1
-    tokens = tokens_of(one.cache)
+    tokens = tokens_of(one.cache.path)
     assert len(tokens) == 21
-    assert all(np.array_equal(tokens[image], other) for image, other in tokens_of(two.cache).items())
+    assert all(np.array_equal(tokens[image], other) for image, other in tokens_of(two.cache.path).items())
 
 
 def small_memory(backbone: Backbone, fits: Callable[[int], bool]) -> list[int]:
@@ -145,19 +145,19 @@ def test_out_of_memory_halves_the_pass_and_loses_nothing(
     tmp_path: Path, photos: ImageSource, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backbone = build_backbone("vit-mini-scenes", res=(64, 64), weights="random:0")
-    expected = tokens_of(extract(backbone, photos, root=tmp_path / "roomy").cache)
+    expected = tokens_of(extract(backbone, [photos], root=tmp_path / "roomy").cache.path)
     sizes = small_memory(backbone, lambda size: size <= 2)
-    summary = extract(backbone, photos, root=tmp_path / "tight")
+    summary = extract(backbone, [photos], root=tmp_path / "tight")
     assert summary.images_per_pass == 2
     assert set(sizes) == {2}
     printed = capsys.readouterr().err
     assert "from here on 4 images a pass" in printed
     assert "from here on 2 images a pass" in printed
-    found = tokens_of(summary.cache)
+    found = tokens_of(summary.cache.path)
     assert sorted(found) == sorted(expected)
     for image, tokens in expected.items():
         np.testing.assert_allclose(found[image].astype(np.float32), tokens.astype(np.float32), atol=2e-3)
-    runs = [json.loads(line) for line in (summary.cache / "provenance.jsonl").read_text().splitlines()]
+    runs = [json.loads(line) for line in (summary.cache.path / "provenance.jsonl").read_text().splitlines()]
     assert [run["images_per_pass"] for run in runs] == [8, 2]
 
 
@@ -173,15 +173,15 @@ def test_memory_that_runs_out_when_a_pass_begins(
     tmp_path: Path, photos: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = build_backbone("vit-mini-scenes", res=(64, 64), weights="random:0")
-    expected = tokens_of(extract(backbone, photos, root=tmp_path / "roomy").cache)
+    expected = tokens_of(extract(backbone, [photos], root=tmp_path / "roomy").cache.path)
     monkeypatch.setattr(runner, "lanes_for", lambda backbone, stored: EagerLanes(backbone, torch.float16))
     begun: list[int] = []
     small_memory(backbone, lambda size: begun.append(size) or len(begun) <= 1 or size <= 3)
-    summary = extract(backbone, photos, root=tmp_path / "tight")
+    summary = extract(backbone, [photos], root=tmp_path / "tight")
     assert summary.images_per_pass == 2
     assert begun[:3] == [8, 8, 4]
     assert set(begun[3:]) == {2}
-    found = tokens_of(summary.cache)
+    found = tokens_of(summary.cache.path)
     assert sorted(found) == sorted(expected)
     for image, tokens in expected.items():
         np.testing.assert_allclose(found[image].astype(np.float32), tokens.astype(np.float32), atol=2e-3)
@@ -190,13 +190,13 @@ def test_memory_that_runs_out_when_a_pass_begins(
 @pytest.mark.usefixtures("two_threads")
 def test_memory_that_runs_out_later_is_survived_too(tmp_path: Path, photos: ImageSource) -> None:
     backbone = build_backbone("vit-mini-scenes", res=(64, 64), weights="random:0")
-    expected = tokens_of(extract(backbone, photos, root=tmp_path / "roomy").cache)
+    expected = tokens_of(extract(backbone, [photos], root=tmp_path / "roomy").cache.path)
     passes: list[int] = []
     sizes = small_memory(backbone, lambda size: passes.append(size) or size <= 3 or len(passes) <= 1)
-    summary = extract(backbone, photos, root=tmp_path / "tight")
+    summary = extract(backbone, [photos], root=tmp_path / "tight")
     assert summary.images_per_pass == 2
     assert sizes[0] == 8
-    found = tokens_of(summary.cache)
+    found = tokens_of(summary.cache.path)
     assert sorted(found) == sorted(expected)
     for image, tokens in expected.items():
         np.testing.assert_allclose(found[image].astype(np.float32), tokens.astype(np.float32), atol=2e-3)
@@ -206,7 +206,7 @@ def test_one_image_that_does_not_fit_is_a_clear_error(tmp_path: Path, photos: Im
     backbone = build_backbone("vit-mini-scenes", res=(64, 64), weights="random:0")
     small_memory(backbone, lambda size: False)
     with pytest.raises(BackendError, match="vit-mini-scenes at 64x64 does not fit into the memory") as caught:
-        extract(backbone, photos, root=tmp_path)
+        extract(backbone, [photos], root=tmp_path)
     assert caught.value.exit_code == 8
     assert "--res" in caught.value.fix
 
@@ -291,7 +291,7 @@ def test_summary_says_where_the_time_went(tmp_path: Path, capsys: pytest.Capture
         assert part in line
     last = [line for line in err.splitlines() if line.startswith("encode vit-mini-scenes")][-1]
     assert "9/9 images" in last
-    assert "written 111 kB" in last  # 9 images of 64 tokens of 96 numbers of 2 bytes
+    assert "tokens 111 kB" in last  # 9 images of 64 tokens of 96 numbers of 2 bytes
 
 
 def test_waiting_counts_only_while_a_lane_is_idle() -> None:
@@ -342,10 +342,10 @@ def test_weights_that_lie_channels_last_give_the_same_tokens(name: str) -> None:
 def test_a_gpu_gives_the_tokens_of_the_cpu(tmp_path: Path, photos: ImageSource, name: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     caches = [
-        extract(build_backbone(name, res=(64, 64), weights="random:0", device=device), photos, root=tmp_path / device)
+        extract(build_backbone(name, res=(64, 64), weights="random:0", device=device), [photos], root=tmp_path / device)
         for device in ("cpu", "cuda")
     ]
-    expected, found = (tokens_of(summary.cache) for summary in caches)
+    expected, found = (tokens_of(summary.cache.path) for summary in caches)
     assert sorted(found) == sorted(expected)
     for image, tokens in expected.items():
         np.testing.assert_allclose(found[image].astype(np.float32), tokens.astype(np.float32), atol=1e-2, rtol=1e-2)

@@ -46,7 +46,7 @@ def make(
             writer.commit(plan, tokens_BND, {image: why for image, why in broken.items() if image in plan.ids})
         if seal:
             writer.seal()
-        return writer.path
+        return Path(writer.place.url)
 
 
 def expected(backbone: str, image: str, dim: int, grid: tuple[int, int] = GRID, dtype: DType = "float16") -> np.ndarray:
@@ -241,8 +241,8 @@ def test_extract_train_predict_and_report_with_two_encoders(tmp_path: Path, caps
     from vlmx.evaluate.answers import answers_path, read_answers
     from vlmx.evaluate.command import evaluate, report
     from vlmx.extract.backbones.base import build_backbone
-    from vlmx.extract.images import ImageRecord, ImageSource
     from vlmx.extract.runner import extract
+    from vlmx.extract.sources import ImageRecord, ImageSource
     from vlmx.models.folder import load_model
     from vlmx.runs import RunFolder
     from vlmx.train.command import train
@@ -253,7 +253,7 @@ def test_extract_train_predict_and_report_with_two_encoders(tmp_path: Path, caps
     images = tuple(ImageRecord(key=key, load=partial(study.image_bytes_of, key)) for key in [*trained, *asked])
     source = ImageSource(name="mini", describe="some scenes", images=images)
     for seed, name in enumerate(("vit-mini-scenes", "maxvit-mini-scenes")):
-        extract(build_backbone(name, res=(64, 64), weights=f"random:{seed}"), source, root=caches)
+        extract(build_backbone(name, res=(64, 64), weights=f"random:{seed}"), [source], root=caches)
     rows = [
         {
             "id": key,

@@ -36,7 +36,7 @@ HEADER = Header(
     shape=TokenShape(grid=(2, 3), dim=4),
     images_per_shard=2,
 )
-FIRST = ShardRecord(index=0, ids=("a" * 64, "b" * 64), failed={}, bytes=100, sha256="1" * 64)
+FIRST = ShardRecord(index=0, ids=("a" * 64, "b" * 64), failed={}, bytes=100, digest="1" * 64)
 SECOND = ShardRecord(index=1, ids=("c" * 64, "d" * 64), failed={"c" * 64: "truncated"}, bytes=90, sha256="2" * 64)
 LINES = [header_line(HEADER), shard_line(FIRST), shard_line(SECOND)]
 
@@ -52,21 +52,21 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert manifest.shards == {0: FIRST, 1: SECOND}
     assert manifest.failed == {"c" * 64: "truncated"}
     assert manifest.num_rows == 4
-    assert manifest.valid_bytes == sum(map(len, LINES))
+    assert manifest.to_bytes() == b"".join(LINES)
 
 
 def test_the_lines_are_json_without_times() -> None:
     header, shard, _ = (json.loads(line) for line in LINES)
     assert header.keys() == {"kind", "format", "spec", "fingerprint", "grid", "dim", "images_per_shard", "crc32c"}
     assert (header["grid"], header["dim"]) == ([2, 3], 4)
-    assert shard.keys() == {"kind", "index", "ids", "failed", "bytes", "sha256", "crc32c"}
+    assert shard.keys() == {"kind", "index", "ids", "failed", "bytes", "digest", "crc32c"}
 
 
 @pytest.mark.parametrize("lost", [1, 2, 30, len(LINES[2]) - 1])
 def test_a_torn_last_line_is_dropped(tmp_path: Path, lost: int) -> None:
     manifest = read_manifest(write(tmp_path, b"".join(LINES)[:-lost]))
     assert manifest.shards == {0: FIRST}
-    assert manifest.valid_bytes == len(LINES[0]) + len(LINES[1])
+    assert manifest.to_bytes() == LINES[0] + LINES[1]
 
 
 def test_every_flipped_byte_before_the_last_line_is_damage(tmp_path: Path) -> None:

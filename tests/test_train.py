@@ -115,7 +115,7 @@ def test_one_process(plain):
     assert by_step[1] == pytest.approx(5.77, abs=0.3)  # about log(320) before anything is learned
     assert saved_steps(plain.path / "checkpoints") == [2, 4]
     saved = load_model(plain.path / "model")
-    assert "untrained (random:0)" in plain.status["notes"][0]
+    assert "untrained (random:0)" in plain.status["notes"][-1]
     assert saved.card.connector == "mlp2"
     assert saved.card.grid == (2, 2)
     ids = saved.prompt.encode_question("what is it?")

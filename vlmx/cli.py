@@ -20,7 +20,7 @@ COMMANDS = {
     "score": "vlmx.evaluate.command:score",
     "report": "vlmx.evaluate.command:report",
     "probe": "vlmx.evaluate.command:probe",
-    "cache": "vlmx.cache_specs.command:cache",
+    "cache": "vlmx.extract.cache_commands:cache",
     "profile": "vlmx.serve.profile_command:profile",
     "weights": "vlmx.extract.weights.command:weights",
     "list": "vlmx.serve.command:list_",

@@ -12,11 +12,19 @@ from vlmx.errors import VlmxError
 
 LINE_EVERY_S = 15.0
 _NUMBERS = re.compile(r"[\d.,+\-x\[\] ]*")
+_quiet = False
+
+
+def be_quiet() -> None:
+    """From here on this process shows only warnings and errors: another one of the same command shows the rest."""
+    global _quiet
+    _quiet = True
 
 
 def note(message: str) -> None:
     """One line about what happens now (stderr)."""
-    print(message, file=sys.stderr, flush=True)
+    if not _quiet:
+        print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -28,7 +36,7 @@ def show_error(error: VlmxError) -> None:
     """What, why and fix of an error, a line each (stderr)."""
     for label, text in (("error", error.what), ("why", error.why), ("fix", error.fix)):
         if text:
-            note(f"{label:<6} {text}")
+            print(f"{label:<6} {text}", file=sys.stderr, flush=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
@@ -64,7 +72,7 @@ class Progress:
         self.fields.update(fields)
         now = time.perf_counter()
         tty = sys.stderr.isatty()
-        if now - self._last_line >= (0.2 if tty else LINE_EVERY_S):
+        if now - self._last_line >= (0.2 if tty else LINE_EVERY_S) and not _quiet:
             self._last_line = now
             start, end = ("\r\033[K", "") if tty else ("", "\n")
             print(start + self._line(), end=end, file=sys.stderr, flush=True)
@@ -79,6 +87,8 @@ class Progress:
         return "  ".join(parts)
 
     def close(self) -> None:
+        if _quiet:
+            return
         print(f"\r\033[K{self._line()}" if sys.stderr.isatty() else self._line(), file=sys.stderr, flush=True)
 
 

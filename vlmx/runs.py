@@ -29,7 +29,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """
     payload = data.encode() if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(payload)
@@ -53,10 +53,10 @@ def sync_folder(folder: Path) -> None:
 
 def space_error(error: OSError, path: Path) -> Exception:
     """The OutOfSpaceError for a full disk, or `error` itself when it is something else."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutOfSpaceError(
             f"no space left while writing {path}",
-            why="the disk or the quota is full; everything committed before is intact",
+            why=f"{error.strerror}; everything committed before is intact",
             fix="free some space and give the same command again, it goes on where it stopped",
         )
     return error

@@ -9,7 +9,7 @@ Shapes: B images, N tokens, D channels of all parts together, P channels of one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmx.cache_specs.buffers import aligned_empty
 from vlmx.cache_specs.fingerprint import fingerprint
 from vlmx.cache_specs.geometry import Geometry
+from vlmx.cache_specs.quantize import Quantization
 from vlmx.cache_specs.spec import CacheSpec, DType, TokenShape
 from vlmx.cache_specs.token_source import TokenSource
 from vlmx.errors import CacheError
@@ -155,6 +157,7 @@ class FusedReader(TokenSource):
         }
         self.failed: Mapping[str, str] = {image: why for part in parts for image, why in part.failed.items()}
         self.sealed = all(part.sealed for part in parts)
+        self.quantization = _joined([part.quantization for part in parts])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FusedReader, (self._parts,)
@@ -163,26 +166,40 @@ class FusedReader(TokenSource):
     def parts(self) -> tuple[TokenReader, ...]:
         return self._parts
 
-    def read(self, ids: Sequence[str], out: NDArray[Any] | None = None) -> NDArray[Any]:
-        out_BND = self._room(ids, out)
-        if not all(image in self.ids for image in ids):
-            self.require(ids)
+    def announce(self, ids: Iterable[str]) -> None:
+        ids = list(ids)
+        for part in self._parts:
+            part.announce(ids)
+
+    def _fill(self, place_of_image: Mapping[str, int], out_BND: NDArray[Any]) -> None:
         start = 0
         for part in self._parts:
             stop = start + part.shape.dim
-            _read_into(part, ids, out_BND[:, :, start:stop])
+            _read_into(part, place_of_image, out_BND[:, :, start:stop])
             start = stop
-        return out_BND
 
 
-def _read_into(part: TokenReader, ids: Sequence[str], place_BNP: NDArray[Any]) -> None:
+def _read_into(part: TokenReader, place_of_image: Mapping[str, int], place_BNP: NDArray[Any]) -> None:
     """The tokens of one part into its channels, which do not lie together in memory."""
+    images = list(place_of_image)
     image_bytes = part.num_tokens * part.shape.dim * part.storage_dtype.itemsize
-    block = min(len(ids), max(1, BLOCK_BYTES // image_bytes))
-    buffer_BNP = np.empty((block, part.num_tokens, part.shape.dim), dtype=part.storage_dtype)
-    for start in range(0, len(ids), max(1, block)):
-        some = ids[start : start + block]
-        place_BNP[start : start + block] = part.read(some, out=buffer_BNP[: len(some)])
+    block = min(len(images), max(1, BLOCK_BYTES // image_bytes))
+    buffer_BNP = aligned_empty((block, part.num_tokens, part.shape.dim), part.storage_dtype)
+    for start in range(0, len(images), block):
+        some = images[start : start + block]
+        for image, tokens_NP in zip(some, part.read(some, out=buffer_BNP[: len(some)]), strict=True):
+            place_BNP[place_of_image[image]] = tokens_NP
+
+
+def _joined(quantizations: Sequence[Quantization | None]) -> Quantization | None:
+    """The scales of the parts' channels side by side; None where the parts, which are of one dtype, have none."""
+    known = [quantization for quantization in quantizations if quantization is not None]
+    if not known:
+        return None
+    return Quantization(
+        offset_D=np.concatenate([part.offset_D for part in known]),
+        scale_D=np.concatenate([part.scale_D for part in known]),
+    )
 
 
 def _problems(specs: Sequence[CacheSpec]) -> list[str]:

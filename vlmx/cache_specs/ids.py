@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmx.cache_specs.places import Place, place_of
 from vlmx.errors import DataError, UsageError
 from vlmx.registry import unknown_name
-from vlmx.runs import write_atomic
+
+DATASETS = "datasets"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -48,34 +50,36 @@ class ImageTable:
         self._entries = {entry.key: entry for entry in entries}
 
     @classmethod
-    def open(cls, root: Path, name: str) -> ImageTable:
+    def open(cls, root: str | Path | Place, name: str) -> ImageTable:
         """Read the table of data set `name` below the cache root.
 
         Raises:
             DataError: there is no such table, or one of its lines is damaged.
         """
-        path = table_path(root, name)
-        if not path.is_file():
-            known = sorted(other.stem for other in path.parent.glob("*.jsonl"))
+        place = place_of(root)
+        try:
+            text = place.read(table_key(name)).decode()
+        except FileNotFoundError:
+            known = table_names(place)
             raise DataError(
-                f"no images of data set '{name}' are known below {root}",
+                f"no images of data set '{name}' are known below {place}",
                 why=unknown_name("data set", name, known).fix,
                 fix=f"vlmx extract --data {name} makes the table",
-            )
+            ) from None
         entries = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(text.splitlines(), start=1):
             try:
                 entries.append(ImageEntry(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise DataError(
-                    f"{path} is damaged",
+                    f"{place}/{table_key(name)} is damaged",
                     why=f"line {number}: {error}",
                     fix="delete it and give the `vlmx extract` command again; no image is encoded twice",
                 ) from error
         return cls(name, entries)
 
     @classmethod
-    def merge(cls, root: Path, name: str, entries: Iterable[ImageEntry]) -> ImageTable:
+    def merge(cls, root: str | Path | Place, name: str, entries: Iterable[ImageEntry]) -> ImageTable:
         """Add images to the table of data set `name` (made when there is none) and write it.
 
         Raises:
@@ -89,8 +93,8 @@ class ImageTable:
                 why="it must be letters, digits and . _ + -",
                 fix="give another one with --name",
             )
-        path = table_path(root, name)
-        table = cls.open(root, name) if path.is_file() else cls(name, ())
+        place = place_of(root)
+        table = cls.open(place, name) if place.exists(table_key(name)) else cls(name, ())
         conflicts = table._add(entries)
         if conflicts:
             raise DataError(
@@ -99,7 +103,7 @@ class ImageTable:
                 fix="give this data set its own name with --name",
             )
         lines = (json.dumps(_plain(entry)) + "\n" for entry in table._entries.values())
-        write_atomic(path, "".join(lines))
+        place.write(table_key(name), "".join(lines).encode())
         return table
 
     def _add(self, entries: Iterable[ImageEntry]) -> list[str]:
@@ -160,9 +164,15 @@ class ImageTable:
         return entry
 
 
-def table_path(root: Path, name: str) -> Path:
-    """Where the table of data set `name` lies."""
-    return root / "datasets" / f"{name}.jsonl"
+def table_key(name: str) -> str:
+    """Where the table of data set `name` lies below the cache root."""
+    return f"{DATASETS}/{name}.jsonl"
+
+
+def table_names(root: Place) -> list[str]:
+    """The data sets that have tables below the cache root."""
+    tables = [name.removesuffix(".jsonl") for name in root.names(DATASETS) if name.endswith(".jsonl")]
+    return [name for name in tables if not name.endswith(".stamps")]
 
 
 def _plain(entry: ImageEntry) -> dict[str, Any]:

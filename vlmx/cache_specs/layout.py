@@ -1,14 +1,17 @@
 """Where does everything of a cache lie, and what do its zarr.json files say?
 
     <root>/<spec.name>/
-      manifest.jsonl           committed shards; the only thing that readers trust
+      manifest.jsonl           committed shards; with commits/, the only thing that readers trust
+      commits/<shard>.json     shards that were committed since the manifest was written; none when the cache is sealed
       SEALED.json              present when the last extraction came to its end
       provenance.jsonl         one line for each extraction: kernel, device, versions, command
-      writer.lock              held by the one writer
+      writer.lock, writers/    who is writing now
+      partial/                 what is being written now
       tokens.zarr/             a Zarr v3 group that any Zarr v3 library opens
         zarr.json
         tokens/zarr.json       array [image, token, channel], one inner chunk for each image
         tokens/c/<shard>/0/0   one file for each shard
+        scale/, offset/        arrays [channel], in 8-bit caches only
     <root>/datasets/<name>.jsonl
 
 What is not Zarr lies outside the group, so that zarr-python finds no unknown objects in it.
@@ -17,72 +20,98 @@ What is not Zarr lies outside the group, so that zarr-python finds no unknown ob
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from vlmx.cache_specs.manifest import Header
+from vlmx.cache_specs.shards import BLOSC
 
-LOCK = "writer.lock"
 PROVENANCE = "provenance.jsonl"
-PARTIAL = "shard.partial"  # the one shard that is being written
 GROUP = "tokens.zarr"
-ARRAY = "tokens"
+ARRAY = f"{GROUP}/tokens"
+SHARDS = f"{ARRAY}/c"
 
-_DATA_TYPES = {"<f2": "float16", "<u2": "uint16", "<f4": "float32"}
-
-
-def array_folder(cache: Path) -> Path:
-    """The folder of the array."""
-    return cache / GROUP / ARRAY
+_DATA_TYPES = {"<f2": "float16", "<u2": "uint16", "<f4": "float32", "|i1": "int8"}
+_LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+_CRC = {"name": "crc32c"}
 
 
-def shards_folder(cache: Path) -> Path:
-    """The folder with one folder for each shard."""
-    return array_folder(cache) / "c"
-
-
-def shard_path(cache: Path, index: int) -> Path:
+def shard_key(index: int) -> str:
     """The file of one shard."""
-    return shards_folder(cache) / str(index) / "0" / "0"
+    return f"{SHARDS}/{index}/0/0"
 
 
-def group_metadata(header: Header) -> str:
-    """zarr.json of the group: the spec as attributes."""
+def metadata(header: Header, num_rows: int) -> Iterator[tuple[str, bytes]]:
+    """Every file of the Zarr group but the shards, with its content.
+
+    Args:
+        header: of the manifest.
+        num_rows: length of the array's first axis.
+    """
     attributes = {"vlmx": {**header.spec.to_dict(), "grid": list(header.shape.grid)}}
-    return _json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+    yield f"{GROUP}/zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+    yield f"{ARRAY}/zarr.json", _tokens(header, num_rows)
+    if header.quantization is not None:
+        for name, values_D in (("scale", header.quantization.scale_D), ("offset", header.quantization.offset_D)):
+            yield f"{GROUP}/{name}/zarr.json", _channels(len(values_D))
+            yield f"{GROUP}/{name}/c/0", values_D.astype("<f4").tobytes()
 
 
-def array_metadata(header: Header, num_rows: int) -> str:
+def _tokens(header: Header, num_rows: int) -> bytes:
     """zarr.json of the array `tokens` [num_rows, token, channel]."""
     tokens, dim = header.shape.num_tokens, header.shape.dim
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    crc = {"name": "crc32c"}
+    stored = np.dtype(header.spec.storage_dtype)
+    whole = {"name": "bytes"} if stored.itemsize == 1 else _LITTLE
+    blosc = {"name": "blosc", "configuration": {**BLOSC, "typesize": stored.itemsize}}
     sharding = {
         "chunk_shape": [1, tokens, dim],
-        "codecs": [little, crc],
-        "index_codecs": [little, crc],
+        "codecs": [whole, blosc, _CRC] if header.spec.codec == "blosc" else [whole, _CRC],
+        "index_codecs": [_LITTLE, _CRC],
         "index_location": "end",
     }
     data_type = _DATA_TYPES[header.spec.storage_dtype]
+    return _array(
+        shape=[num_rows, tokens, dim],
+        chunk=[header.images_per_shard, tokens, dim],
+        data_type=data_type,
+        codecs=[{"name": "sharding_indexed", "configuration": sharding}],
+        attributes={"vlmx:logical_dtype": header.spec.dtype},
+        names=["image", "token", "channel"],
+    )
+
+
+def _channels(dim: int) -> bytes:
+    """zarr.json of the arrays `scale` and `offset` [channel]: token = offset + scale * stored number."""
+    return _array(shape=[dim], chunk=[dim], data_type="float32", codecs=[_LITTLE], attributes={}, names=["channel"])
+
+
+def _array(
+    *,
+    shape: list[int],
+    chunk: list[int],
+    data_type: str,
+    codecs: list[dict[str, Any]],
+    attributes: dict[str, Any],
+    names: list[str],
+) -> bytes:
     return _json(
         {
             "zarr_format": 3,
             "node_type": "array",
-            "shape": [num_rows, tokens, dim],
+            "shape": shape,
             "data_type": data_type,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [header.images_per_shard, tokens, dim]},
-            },
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": 0 if data_type == "uint16" else 0.0,
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "attributes": {"vlmx:logical_dtype": header.spec.dtype},
-            "dimension_names": ["image", "token", "channel"],
+            "fill_value": 0.0 if data_type.startswith("float") else 0,
+            "codecs": codecs,
+            "attributes": attributes,
+            "dimension_names": names,
             "storage_transformers": [],
         }
     )
 
 
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=1) + "\n"
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,102 +1,182 @@
 """What are the bytes of one shard file?
 
-The `sharding_indexed` layout of Zarr v3, without compression: the tokens of each image and the CRC-32C of those
-bytes, image after image, then for every slot its offset and length (little-endian uint64; both 2^64 - 1 for a slot that
-holds nothing), then the CRC-32C of that index. The files are equal to the last byte to those that zarr-python writes.
+The `sharding_indexed` layout of Zarr v3: the chunk of each image, image after image, then for every slot the offset and
+the length of its chunk (little-endian uint64; both 2^64 - 1 for a slot that holds nothing), then the CRC-32C of that
+index. A chunk is the image's tokens, or what Blosc makes of them, and the CRC-32C of those bytes. The files are equal
+to the last byte to those that zarr-python writes.
 
-Shapes: tokens_BND [images, tokens, channels] in storage dtype.
+Shapes: tokens_BND [images, tokens, channels] in storage dtype; index_S2 [slots, (offset, length)].
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmx.cache_specs.checksum import crc32c
+from vlmx.cache_specs.places import Place
 from vlmx.cache_specs.sizing import CRC_BYTES, index_bytes
+from vlmx.cache_specs.spec import Codec
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 ABSENT = 2**64 - 1
+NOTHING = -1  # in an index that was read: offset and length of a slot that holds nothing
+BLOSC = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardDigest:
-    """What the manifest remembers of a shard file."""
+    """What the manifest remembers of a shard file.
+
+    Attributes:
+        bytes: its size.
+        digest: see `digest_of`.
+    """
 
     bytes: int
-    sha256: str
+    digest: str
 
 
-def write_shard(path: Path, tokens_BND: NDArray[Any], absent: Collection[int], slots: int) -> ShardDigest:
-    """Write one shard file and bring it to the disk.
+def write_shard(
+    place: Place,
+    key: str,
+    tokens_BND: NDArray[Any],
+    absent: Collection[int],
+    slots: int,
+    codec: Codec,
+    before_end: Callable[[], None] | None = None,
+) -> ShardDigest:
+    """Write one shard file; when this returns, it is whole and survives a power loss.
 
     Args:
-        path: an unused name; the caller renames it.
+        place: of the cache.
+        key: of the shard in it.
         tokens_BND: C-contiguous, little endian, at most `slots` images.
         absent: positions in tokens_BND that are not stored.
         slots: images of a full shard.
+        codec: of the cache.
+        before_end: called when all but the index is written; the file does not come to be if it raises.
 
     Raises:
-        OSError: the disk is full, or cannot be written.
+        OutOfSpaceError: the disk is full.
     """
-    index = np.full((slots, 2), ABSENT, dtype="<u8")
-    digest = hashlib.sha256()
-    offset = 0
-    with open(path, "wb") as file:
+    crcs: list[bytes] = []
+    tail = b""
+
+    def parts() -> Iterator[Buffer]:
+        nonlocal tail
+        index_S2 = np.full((slots, 2), ABSENT, dtype="<u8")
+        offset = 0
         for slot, tokens_ND in enumerate(tokens_BND):
             if slot in absent:
                 continue
-            crc = google_crc32c.value(tokens_ND).to_bytes(CRC_BYTES, "little")
-            for part in (tokens_ND.data, crc):
-                file.write(part)
-                digest.update(part)
-            index[slot] = (offset, tokens_ND.nbytes + CRC_BYTES)
-            offset += tokens_ND.nbytes + CRC_BYTES
-        tail = index.tobytes()
-        tail += google_crc32c.value(tail).to_bytes(CRC_BYTES, "little")
-        file.write(tail)
-        digest.update(tail)
-        file.flush()
-        os.fsync(file.fileno())
-    return ShardDigest(bytes=offset + len(tail), sha256=digest.hexdigest())
+            content: Any = encode_chunk(tokens_ND, codec)
+            crcs.append(crc32c(content).to_bytes(CRC_BYTES, "little"))
+            yield content
+            yield crcs[-1]
+            length = memoryview(content).nbytes + CRC_BYTES
+            index_S2[slot] = (offset, length)
+            offset += length
+        tail = index_S2.tobytes()
+        tail += crc32c(tail).to_bytes(CRC_BYTES, "little")
+        if before_end is not None:
+            before_end()
+        yield tail
+
+    written = place.write_stream(key, parts())
+    return ShardDigest(bytes=written, digest=digest_of(tail, crcs))
 
 
-def read_index(descriptor: int, slots: int, chunk_bytes: int) -> list[int | None]:
-    """The offset of each slot's chunk in an open shard file, None where there is none.
+def digest_of(tail: bytes, crcs: Iterable[bytes]) -> str:
+    """The digest of a shard: SHA-256 of its index (with its checksum), then of the checksum of each chunk, in order.
+
+    It changes with every change of the file that the checksums notice, and costs nothing, where SHA-256 of all bytes
+    costs twice as much as writing them.
+    """
+    digest = hashlib.sha256(tail)
+    for crc in crcs:
+        digest.update(crc)
+    return digest.hexdigest()
+
+
+def encode_chunk(tokens_ND: NDArray[Any], codec: Codec) -> NDArray[Any] | bytes:
+    """The bytes of one image's chunk, without their checksum."""
+    if codec == "crc32c":
+        return tokens_ND
+    compressed: bytes = _blosc(tokens_ND.itemsize).encode(tokens_ND)
+    return compressed
+
+
+def decode_chunk(content: Buffer, codec: Codec, out_ND: NDArray[Any]) -> None:
+    """The inverse of `encode_chunk`, into `out_ND` (C-contiguous).
+
+    Raises:
+        ValueError: the bytes are not what `encode_chunk` gives for such tokens.
+    """
+    if codec == "crc32c":
+        out_ND.data.cast("B")[:] = memoryview(content).cast("B")
+        return
+    try:
+        _blosc(out_ND.itemsize).decode(content, out=out_ND)
+    except RuntimeError as error:
+        raise ValueError(f"Blosc cannot decompress it: {error}") from error
+
+
+@cache
+def _blosc(item_bytes: int) -> Any:
+    from numcodecs.blosc import BITSHUFFLE, Blosc
+
+    return Blosc(
+        cname=BLOSC["cname"],
+        clevel=BLOSC["clevel"],
+        shuffle=BITSHUFFLE,
+        blocksize=BLOSC["blocksize"],
+        typesize=item_bytes,
+    )
+
+
+def read_index(tail: bytes, size: int, slots: int, chunk_bytes: int | None) -> NDArray[np.int64]:
+    """Where each slot's chunk lies in a shard file.
 
     Args:
-        descriptor: the open file.
+        tail: the last `sizing.index_bytes(slots)` bytes of the file, or all of it if it is shorter.
+        size: bytes of the file.
         slots: images of a full shard.
-        chunk_bytes: length of one chunk, its checksum included.
+        chunk_bytes: length of every chunk, its checksum included; None where chunks are compressed.
+
+    Returns:
+        index_S2: offset and length (checksum included); -1 and -1 for a slot that holds nothing.
 
     Raises:
         ValueError: the index is not what was written; the message says how.
-        OSError: the file cannot be read.
     """
-    size = os.fstat(descriptor).st_size
     length = index_bytes(slots)
-    tail = os.pread(descriptor, length, max(0, size - length))
     if len(tail) != length:
         raise ValueError(f"it is {size} bytes, shorter than its index of {length}")
-    if google_crc32c.value(tail[:-CRC_BYTES]) != int.from_bytes(tail[-CRC_BYTES:], "little"):
+    if crc32c(tail[:-CRC_BYTES]) != int.from_bytes(tail[-CRC_BYTES:], "little"):
         raise ValueError("its index does not match its checksum")
-    offsets: list[int | None] = []
-    for offset, count in np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(slots, 2).tolist():
-        if offset == ABSENT and count == ABSENT:
-            offsets.append(None)
-        elif count == chunk_bytes and offset + count <= size - length:
-            offsets.append(offset)
-        else:
-            raise ValueError(f"its index names {count} bytes at {offset} of {size}, a chunk is {chunk_bytes}")
-    return offsets
+    stored_S2 = np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(slots, 2)
+    index_S2: NDArray[np.int64] = stored_S2.astype(np.int64)  # 2^64 - 1 becomes -1
+    held_S = (index_S2 != NOTHING).any(axis=1)
+    offsets, lengths = index_S2[held_S].T
+    fine = (offsets >= 0) & (lengths > CRC_BYTES) & (offsets <= size - length - lengths)
+    fine &= lengths == (lengths if chunk_bytes is None else chunk_bytes)
+    if not fine.all():
+        slot = int(np.flatnonzero(held_S)[int(np.flatnonzero(~fine)[0])])
+        offset, count = (int(number) for number in stored_S2[slot])
+        expected = "" if chunk_bytes is None else f", a chunk is {chunk_bytes}"
+        raise ValueError(f"its index names {count} bytes at {offset} of {size}{expected}")
+    return index_S2
 
 
-def crc_matches(chunk: NDArray[Any], crc: bytes | bytearray) -> bool:
-    """Whether the bytes of C-contiguous `chunk` have the stored checksum."""
-    return bool(google_crc32c.value(chunk) == int.from_bytes(crc, "little"))
+def crc_matches(content: Any, crc: bytes | bytearray | memoryview) -> bool:
+    """Whether the bytes of `content`, an array or other C-contiguous memory, have the stored checksum."""
+    return bool(crc32c(content) == int.from_bytes(crc, "little"))

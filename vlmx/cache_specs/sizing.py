@@ -8,24 +8,28 @@ from vlmx.cache_specs.spec import DType, TokenShape
 
 SHARD_BYTES_MAX = 256_000_000
 IMAGES_PER_SHARD_MAX = 1024
+REMOTE_SHARD_BYTES_MAX = 1_000_000_000  # an object store is at its best with fewer, larger files
+REMOTE_IMAGES_PER_SHARD_MAX = 4096
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 
-_ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+_ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 
 
 def image_bytes(shape: TokenShape, dtype: DType) -> int:
-    """Bytes of one image's tokens, without their checksum."""
+    """Bytes of one image's tokens, uncompressed and without their checksum."""
     return shape.num_tokens * shape.dim * _ITEM_BYTES[dtype]
 
 
-def images_per_shard(bytes_per_image: int) -> int:
-    """The largest power of two, at most 1024, that keeps a shard within 256 MB.
+def images_per_shard(bytes_per_image: int, *, local: bool = True) -> int:
+    """The largest power of two, at most 1024, that keeps a shard within 256 MB; 4096 and 1 GB on an object store.
 
-    A function of one image's size alone: the bytes of a cache must not depend on how many images a data set has.
+    A function of one image's size and of the kind of place alone: the bytes of a cache must not depend on how many
+    images a data set has. Compressed caches have the same number of images in a shard, which is then smaller.
     """
-    count = IMAGES_PER_SHARD_MAX
-    while count > 1 and count * bytes_per_image > SHARD_BYTES_MAX:
+    count = IMAGES_PER_SHARD_MAX if local else REMOTE_IMAGES_PER_SHARD_MAX
+    bytes_max = SHARD_BYTES_MAX if local else REMOTE_SHARD_BYTES_MAX
+    while count > 1 and count * bytes_per_image > bytes_max:
         count //= 2
     return count
 
@@ -54,10 +58,10 @@ class CacheSize:
     total_bytes: int
 
 
-def cache_size(images: int, shape: TokenShape, dtype: DType) -> CacheSize:
-    """Plan the size of a cache of `images` images, all of which can be decoded."""
+def cache_size(images: int, shape: TokenShape, dtype: DType, *, local: bool = True) -> CacheSize:
+    """Plan the size of an uncompressed cache of `images` images, all of which can be decoded."""
     bytes_per_image = image_bytes(shape, dtype)
-    per_shard = images_per_shard(bytes_per_image)
+    per_shard = images_per_shard(bytes_per_image, local=local)
     shards = -(-images // per_shard)
     return CacheSize(
         images=images,

@@ -17,11 +17,13 @@ from vlmx.cache_specs.fingerprint import fingerprint
 from vlmx.cache_specs.geometry import Geometry
 from vlmx.errors import CacheError
 
-DType = Literal["float16", "bfloat16", "float32"]
+DType = Literal["float16", "bfloat16", "float32", "int8"]
+Compute = Literal["float32", "bfloat16", "float16"]
+Codec = Literal["crc32c", "blosc"]
 SPEC_VERSION = 1
 
 # numpy's name of what is stored; bfloat16 has none in numpy and in zarr-python, so its bits are stored as uint16
-STORAGE_DTYPES: dict[DType, str] = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
+STORAGE_DTYPES: dict[DType, str] = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "|i1"}
 
 _BACKBONE = re.compile(r"(timm:)?[A-Za-z0-9][A-Za-z0-9._+-]*")
 _WEIGHTS = re.compile(r"[0-9a-f]{64}|random:[0-9]+")
@@ -60,10 +62,12 @@ class CacheSpec:
         out_norm: which normalisation is applied to them, or "none".
         geometry: how photos become inputs.
         mean, std: per-channel normalisation of inputs scaled to 0..1.
-        dtype: the numbers' type; bfloat16 is stored as the uint16 of its bits.
+        dtype: the numbers' type; bfloat16 is stored as the uint16 of its bits. int8 is 8 bits on a scale of each
+            channel, see `quantize`.
         compute: type of the encoder's matrix products; less than float32 changes tokens by a percent or so. Left out
             of the description when it is float32, so that caches from before it existed keep their identity.
-        codec: checksum behind each image's tokens.
+        codec: what each image's tokens go through: "crc32c" puts a checksum behind them; "blosc" compresses them
+            before that, without loss (bitshuffle and LZ4).
         version: layout of this description.
     """
 
@@ -76,8 +80,8 @@ class CacheSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     dtype: DType = "float16"
-    compute: DType = "float32"
-    codec: Literal["crc32c"] = "crc32c"
+    compute: Compute = "float32"
+    codec: Codec = "crc32c"
     version: int = SPEC_VERSION
 
     def __post_init__(self) -> None:
@@ -99,10 +103,10 @@ class CacheSpec:
             problems.append(f"std {self.std} is not positive")
         if self.dtype not in get_args(DType):
             problems.append(f"dtype {self.dtype!r} is not one of {', '.join(get_args(DType))}")
-        if self.compute not in get_args(DType):
-            problems.append(f"compute {self.compute!r} is not one of {', '.join(get_args(DType))}")
-        if self.codec != "crc32c":
-            problems.append(f"codec {self.codec!r} is not crc32c")
+        if self.compute not in get_args(Compute):
+            problems.append(f"compute {self.compute!r} is not one of {', '.join(get_args(Compute))}")
+        if self.codec not in get_args(Codec):
+            problems.append(f"codec {self.codec!r} is not one of {', '.join(get_args(Codec))}")
         if self.version != SPEC_VERSION:
             problems.append(f"version {self.version!r} is not {SPEC_VERSION}, the one that this vlmx knows")
         if problems:

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmx.cache_specs.buffers import aligned_empty
+from vlmx.cache_specs.places import Place, place_of
+from vlmx.cache_specs.quantize import Quantization
 from vlmx.cache_specs.spec import DType, TokenShape
 from vlmx.errors import CacheError, SpecMismatchError
 
@@ -34,6 +37,7 @@ class TokenSource(ABC):
         ids: the images that have tokens, as keys.
         failed: image id -> why it could not be decoded.
         sealed: whether the extraction came to its end.
+        quantization: 8-bit caches: what the stored numbers stand for, see `quantize`; None in others.
     """
 
     spec: TokenSpec
@@ -41,6 +45,7 @@ class TokenSource(ABC):
     ids: Mapping[str, int]
     failed: Mapping[str, str]
     sealed: bool
+    quantization: Quantization | None = None
 
     @property
     @abstractmethod
@@ -48,12 +53,20 @@ class TokenSource(ABC):
         """The caches, in the order of their channels."""
 
     @abstractmethod
+    def _fill(self, place_of_image: Mapping[str, int], out_BND: NDArray[Any]) -> None:
+        """Read different images that are known to be here, each into its place in `out_BND`."""
+
+    @abstractmethod
+    def announce(self, ids: Iterable[str]) -> None:
+        """Say that images will be read soon, so that a disk can begin; images that are not here are passed over."""
+
     def read(self, ids: Sequence[str], out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """The tokens of `ids`, in that order; an id may come more than once.
+        """The tokens of `ids`, in that order; an id may come more than once and is then read once.
 
         Args:
             ids: image ids.
-            out: filled and returned when given: [len(ids), tokens, channels], C-contiguous, `storage_dtype`.
+            out: filled and returned when given: [len(ids), tokens, channels], C-contiguous, `storage_dtype`. Best from
+                `buffers.aligned_empty`, and used again and again.
 
         Returns:
             [len(ids), tokens, channels] in storage dtype.
@@ -62,33 +75,51 @@ class TokenSource(ABC):
             CacheError: the cache lacks images (`require`).
             CacheCorruptError: bytes are not what was written; names the shard and the image.
         """
+        shape = (len(ids), self.shape.num_tokens, self.shape.dim)
+        if out is None:
+            out = aligned_empty(shape, self.storage_dtype)
+        assert out.shape == shape, (out.shape, shape)
+        assert out.dtype == self.storage_dtype, (out.dtype, self.storage_dtype)
+        assert out.flags.c_contiguous
+        place_of_image = dict(zip(ids, range(len(ids)), strict=True))  # the last place where it comes more than once
+        if not self.ids.keys() >= place_of_image.keys():
+            self.require(ids)
+        if place_of_image:
+            self._fill(place_of_image, out)
+        if len(place_of_image) < len(ids):
+            for place, image in enumerate(ids):
+                if place_of_image[image] != place:
+                    out[place] = out[place_of_image[image]]
+        return out
 
     def read_float32(self, ids: Sequence[str]) -> NDArray[np.float32]:
-        """As `read`, converted to float32 without loss."""
+        """As `read`, as the numbers that the stored ones stand for: without loss, or decoded from 8 bits."""
         stored_BND = self.read(ids)
+        if self.quantization is not None:
+            return self.quantization.decode(stored_BND)
         if self.logical_dtype == "bfloat16":
             return (stored_BND.astype(np.uint32) << 16).view(np.float32)
         return stored_BND.astype(np.float32, copy=False)
 
-    def _room(self, ids: Sequence[str], out: NDArray[Any] | None) -> NDArray[Any]:
-        """`out`, checked, or a new array for the tokens of `ids`."""
-        shape = (len(ids), self.shape.num_tokens, self.shape.dim)
-        if out is None:
-            out = np.empty(shape, dtype=self.storage_dtype)
-        assert out.shape == shape, (out.shape, shape)
-        assert out.dtype == self.storage_dtype, (out.dtype, self.storage_dtype)
-        assert out.flags.c_contiguous
-        return out
+    @property
+    def scale(self) -> NDArray[np.float32] | None:
+        """8-bit caches: one step of each channel, [channels]; else None."""
+        return None if self.quantization is None else self.quantization.scale_D
+
+    @property
+    def offset(self) -> NDArray[np.float32] | None:
+        """8-bit caches: what the code 0 of each channel stands for, [channels]; else None."""
+        return None if self.quantization is None else self.quantization.offset_D
 
     @property
     def name(self) -> str:
         """Name of the folder, joined with + where there are several."""
-        return "+".join(part.path.name for part in self.parts)
+        return "+".join(part.place.name for part in self.parts)
 
     @property
-    def root(self) -> Path:
+    def root(self) -> Place:
         """The folder that the (first) cache lies in."""
-        return self.parts[0].path.parent
+        return self.parts[0].place.parent
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +128,7 @@ class TokenSource(ABC):
 
     @property
     def logical_dtype(self) -> DType:
-        """What the numbers are; bfloat16 comes as the uint16 of its bits."""
+        """What the numbers are; bfloat16 comes as the uint16 of its bits, int8 as codes (`quantization`)."""
         return self.spec.dtype
 
     @property
@@ -173,14 +204,15 @@ def _extract_command(part: TokenReader, data: str) -> str:
     words = ["vlmx extract --backbone", spec.backbone, "--res", spec.resolution]
     words += ["--weights", spec.weights_sha256] if spec.random_weights else []
     words += ["--dtype", spec.dtype] if spec.dtype != "float16" else []
+    words += ["--codec", spec.codec] if spec.codec != "crc32c" else []
     words += ["--compute", spec.compute] if spec.compute != "float32" else []
-    words += _encoder_options(part.path)
+    words += _encoder_options(part.place)
     words += ["--data", data]
-    words += ["--out", str(part.path.parent)] if part.path.parent != DEFAULT_ROOT else []
+    words += ["--out", part.root.url] if part.root != place_of(DEFAULT_ROOT) else []
     return " ".join(words)
 
 
-def _encoder_options(cache: Path) -> list[str]:
+def _encoder_options(cache: Place) -> list[str]:
     """The options of the encoder that made a cache, as `vlmx extract` takes them; all its extractions had the same."""
     from vlmx.cache_specs.audit import read_runs
 

@@ -1,16 +1,17 @@
-"""How do tokens get into a cache so that killing the writer at any instant loses nothing that was committed?
+"""How do tokens get into a cache so that killing a writer at any instant loses nothing that was committed?
 
-A shard is written under a temporary name, brought to the disk, renamed, and only then named in the manifest. Whatever
-is not in the manifest is thrown away when the next writer opens the cache. One writer at a time.
+A shard is written under a temporary name, brought to the disk, renamed, and only then its record is written, a file of
+its own. When nobody else writes, the records go into the manifest, ordered by shard. What has no record is thrown away
+by the next writer. Several processes may write one cache: each makes the shards of its share of the plan.
 """
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
+import itertools
 import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,33 +20,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmx.cache_specs.layout import (
-    GROUP,
-    LOCK,
-    PARTIAL,
-    PROVENANCE,
-    array_folder,
-    array_metadata,
-    group_metadata,
-    shard_path,
-    shards_folder,
-)
+from vlmx.cache_specs.claims import Part
+from vlmx.cache_specs.layout import ARRAY, GROUP, PROVENANCE, SHARDS, metadata, shard_key
 from vlmx.cache_specs.manifest import (
+    COMMITS,
     MANIFEST,
     SEAL,
     Header,
     Manifest,
     ShardRecord,
-    header_line,
+    commit_key,
+    read_commits,
     read_manifest,
     seal_content,
     shard_line,
 )
+from vlmx.cache_specs.places import PARTIAL, Place, place_of
+from vlmx.cache_specs.quantize import Quantization, QuantizationError
 from vlmx.cache_specs.shards import write_shard
 from vlmx.cache_specs.sizing import image_bytes, images_per_shard
 from vlmx.cache_specs.spec import CacheSpec, TokenShape
-from vlmx.errors import CacheError, OutOfSpaceError, SpecMismatchError
-from vlmx.runs import space_error, sync_folder, write_atomic, write_json
+from vlmx.errors import CacheError, SpecMismatchError
+
+SHARES_EACH = 8  # shares for each of several processes: who is faster, or comes later, takes more of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,47 +53,92 @@ class ShardPlan:
     ids: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RunLine:
+    """The line that this process wrote last into `provenance.jsonl`: what it holds, and its bytes."""
+
+    provenance: Mapping[str, Any]
+    indices: set[int]
+    line: bytes
+
+
 class CacheWriter:
-    """The one writer of a cache; a context manager.
+    """A writer of a cache; a context manager.
 
         with CacheWriter(root, spec, shape) as writer:
-            for plan in writer.plan(ids):
-                writer.commit(plan, tokens_BND, failed)
+            plans = writer.plan(ids)
+            while share := writer.next_share():
+                for plan in share:
+                    writer.commit(plan, tokens_BND, failed)
             writer.seal()
 
+    A process that writes alone gets one share, with all of `plans`. Of several processes, each gets its own shares
+    first, then whatever nobody has: of processes that are slower, have not come yet, or died.
+
     Args:
-        root: folder of all caches; the cache is `root / spec.name`, made when it does not exist.
+        root: folder of all caches; the cache is `spec.name` in it, made when it does not exist.
         spec: the identity of the tokens.
         shape: token grid and width of one image.
         slots: images in a shard of a new cache; by default what `sizing.images_per_shard` says. An existing
             cache keeps what it has.
+        part: which of several processes this is. Those that join while others write may be more than planned.
+        calibrate: gives the scales of a new 8-bit cache; called at most once, while other processes wait.
 
     Raises:
-        CacheError: another process is writing this cache.
+        CacheError: another process is writing this cache, and this one is no part of the same extraction.
         SpecMismatchError: the folder holds tokens of another spec or shape.
         OutOfSpaceError: the disk is full.
     """
 
-    def __init__(self, root: Path, spec: CacheSpec, shape: TokenShape, *, slots: int | None = None) -> None:
-        self.path = root / spec.name
+    def __init__(
+        self,
+        root: str | Path | Place,
+        spec: CacheSpec,
+        shape: TokenShape,
+        *,
+        slots: int | None = None,
+        part: Part | None = None,
+        calibrate: Callable[[], Quantization] | None = None,
+    ) -> None:
+        self.place = place_of(root).child(spec.name)
         self.spec = spec
         self.shape = shape
-        self._lock = _lock(self.path)
+        self._part = part or Part()
+        self._plans: dict[int, ShardPlan] = {}
+        self._held: set[int] = set()  # shares, and the number of `_be_seen`
+        self._begun: set[int] = set()  # shards that were given to the caller
+        self._run: _RunLine | None = None
+        self._claims = self.place.claims()
         try:
-            if not (self.path / MANIFEST).exists():
-                slots = slots or images_per_shard(image_bytes(shape, spec.dtype))
-                header = Header(spec=spec, shape=shape, images_per_shard=slots)
-                write_atomic(self.path / MANIFEST, header_line(header))
-            manifest = read_manifest(self.path)
-            _require_same(self.path, manifest.header, spec, shape)
-            _tidy(self.path, manifest)
+            with self._claims.guard():
+                others = self._claims.others()
+                job = self._claims.job() if others else None
+                if others and (self._part.count == 1 or job is None or job["shares"] == 1):
+                    raise _busy(self.place, others)
+                if not self.place.exists(MANIFEST):
+                    slots = slots or images_per_shard(image_bytes(shape, spec.dtype), local=self.place.is_local)
+                    scales = _scales(spec, shape, calibrate)
+                    header = Header(spec=spec, shape=shape, images_per_shard=slots, quantization=scales)
+                    self.place.write(MANIFEST, Manifest(header=header).to_bytes())
+                manifest = read_manifest(self.place)
+                _require_same(self.place, manifest.header, spec, shape)
+                if job is None:
+                    _fold(self.place, manifest)
+                    _tidy(self.place, manifest)
+                    self._claims.clear()
+                    job = {"shares": 1 if self._part.count == 1 else self._part.count * SHARES_EACH}
+                    self._claims.set_job(job)
+                self._shares: int = job["shares"]
+                self._be_seen()
         except BaseException:
             self.close()
             raise
         self.images_per_shard = manifest.header.images_per_shard
+        self.quantization = manifest.header.quantization
         self._header = manifest.header
-        self._shards = dict(manifest.shards)
-        self._known = {image for shard in self._shards.values() for image in shard.ids}
+        self._shards: dict[int, ShardRecord] = {}
+        self._known: set[str] = set()
+        self._learn(manifest.shards.values())
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -107,42 +149,87 @@ class CacheWriter:
         self.close()
 
     def close(self) -> None:
-        """Let another writer in."""
-        if self._lock >= 0:
-            _unlock(self._lock)
-            self._lock = -1
+        """Let other processes have what this one had claimed."""
+        self._claims.close()
 
     @property
     def manifest(self) -> Manifest:
-        """What is committed now."""
-        valid_bytes = (self.path / MANIFEST).stat().st_size
-        return Manifest(header=self._header, shards=dict(self._shards), valid_bytes=valid_bytes)
+        """What is committed, as far as this process knows."""
+        return Manifest(header=self._header, shards=dict(sorted(self._shards.items())))
+
+    @property
+    def missing(self) -> list[ShardPlan]:
+        """Shards of the plan that nobody has committed, as far as this process knows."""
+        return [plan for index, plan in self._plans.items() if index not in self._shards]
 
     def pending(self, ids: Iterable[str]) -> list[str]:
         """Those of `ids` that are neither stored nor known to be undecodable: each once, in order of appearance."""
         return [image for image in dict.fromkeys(ids) if image not in self._known]
 
-    def plan(self, ids: Iterable[str]) -> list[ShardPlan]:
-        """The shards that are still to be made for `ids`.
+    def plan(self, ids: Sequence[str]) -> list[ShardPlan]:
+        """The shards that are still to be made for `ids`, by all processes together.
 
-        Missing shard indices get successive runs of pending ids, so that after a kill the same shards are made as
-        without it.
+        Missing shard indices get successive runs of pending ids, so that after a kill, and in a process that comes
+        later, the same shards are made of the same images.
+
+        Raises:
+            CacheError: the processes that write this cache do so for other images.
         """
+        with self._claims.guard():
+            digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+            job = self._claims.job() or {"shares": self._shares}
+            if job.setdefault("images", digest) != digest and (others := self._claims.others()):
+                raise _busy(self.place, others)
+            self._claims.set_job({**job, "images": digest})
+            self.refresh()
         pending = self.pending(ids)
         size = self.images_per_shard
-        plans: list[ShardPlan] = []
+        self._plans = {}
+        self._begun = set()
         index = 0
         for start in range(0, len(pending), size):
             while index in self._shards:
                 index += 1
-            plans.append(ShardPlan(index=index, ids=tuple(pending[start : start + size])))
+            self._plans[index] = ShardPlan(index=index, ids=tuple(pending[start : start + size]))
             index += 1
-        return plans
+        return list(self._plans.values())
+
+    def next_share(self) -> list[ShardPlan]:
+        """Shards that this process makes next, in order; it may ask for more before these are committed.
+
+        Of its own shares first, then of those that nobody has. None when nothing is missing, or when all that is
+        missing is being made: by others, or because it was given to this process before.
+        """
+        with self._claims.guard():
+            self.refresh()
+            missing: dict[int, list[ShardPlan]] = {}
+            for plan in self.missing:
+                missing.setdefault(plan.index % self._shares, []).append(plan)
+            for share in [share for share in self._held if share < self._shares and share not in missing]:
+                self._claims.drop(share)
+                self._held.remove(share)
+            count = self._part.count
+            for share in sorted(missing, key=lambda share: (share % count != self._part.index, share)):
+                new = [plan for plan in missing[share] if plan.index not in self._begun]
+                if new and self._claims.take(share):
+                    self._held.add(share)
+                    self._begun.update(plan.index for plan in new)
+                    return new
+        return []
+
+    def refresh(self) -> None:
+        """Learn what other processes have committed."""
+        known = {commit_key(index) for index in list(self._shards)}  # a thread may be committing
+        new = [name for name in self.place.names(COMMITS) if f"{COMMITS}/{name}" not in known]
+        self._learn(read_commits(self.place, new))
+        if self.missing and (self._part.count > 1 or self._shares > 1) and self.place.exists(SEAL):
+            self._learn(read_manifest(self.place).shards.values())  # another process was the last and is through
 
     def begin_run(self, provenance: Mapping[str, Any], plans: Sequence[ShardPlan]) -> None:
-        """Record how shards are going to be made; call before the first commit.
+        """Record how shards are going to be made; call before they are committed.
 
-        A shard was made by the last run that planned it: `provenance.jsonl` keeps one line for each run.
+        A shard was made by the last run that planned it: `provenance.jsonl` keeps one line for each run. A second call
+        with equal provenance extends the line, and makes it the last one.
 
         Args:
             provenance: kernel, device, versions, command, time: whatever is no part of the spec.
@@ -151,24 +238,37 @@ class CacheWriter:
         Raises:
             OutOfSpaceError: the disk is full.
         """
-        line = json.dumps({"shards": _ranges([plan.index for plan in plans]), **provenance}) + "\n"
-        path = self.path / PROVENANCE
-        try:
-            _append(path, line.encode())
-        except OSError as error:
-            raise space_error(error, path) from error
+        indices = {plan.index for plan in plans}
+        earlier = self._run if self._run and self._run.provenance == provenance else None
+        if earlier:
+            indices |= earlier.indices
+        line = (json.dumps({"shards": _ranges(sorted(indices)), **provenance}) + "\n").encode()
+        with self._claims.guard():
+            before = self.place.read(PROVENANCE) if self.place.exists(PROVENANCE) else b""
+            if earlier:
+                before = before.replace(earlier.line, b"", 1)
+            self.place.write(PROVENANCE, before + line)
+        self._run = _RunLine(provenance=provenance, indices=indices, line=line)
 
-    def commit(self, plan: ShardPlan, tokens_BND: NDArray[Any], failed: Mapping[str, str] | None = None) -> None:
+    def commit(
+        self,
+        plan: ShardPlan,
+        tokens_BND: NDArray[Any],
+        failed: Mapping[str, str] | None = None,
+        error: QuantizationError | None = None,
+    ) -> None:
         """Store one shard; when this returns, it survives a power loss.
 
         Args:
-            plan: one of `plan(...)`.
+            plan: one of `next_share()`.
             tokens_BND: [len(plan.ids), tokens, channels] in storage dtype (`spec.storage_dtype`: uint16 for
                 bfloat16), C-contiguous; rows of failed images are ignored.
             failed: ids of this plan that could not be decoded, and why.
+            error: what 8 bits lost on these images; for 8-bit caches.
 
         Raises:
-            OutOfSpaceError: the disk is full; what was committed before is intact, and so is the lock.
+            OutOfSpaceError: the disk is full; what was committed before is intact, and so are the claims.
+            CacheError: this process was taken for dead and may no longer write.
         """
         failed = dict(failed or {})
         expected = (len(plan.ids), self.shape.num_tokens, self.shape.dim)
@@ -180,128 +280,175 @@ class CacheWriter:
         assert set(failed) <= set(plan.ids)
         assert len(set(plan.ids)) == len(plan.ids)
         assert self._known.isdisjoint(plan.ids)
+        assert (error is not None) == (self.spec.dtype == "int8")
 
-        _unseal(self.path)
+        self._claims.still_mine()
+        _unseal(self.place)
         absent = {slot for slot, image in enumerate(plan.ids) if image in failed}
-        target = shard_path(self.path, plan.index)
-        partial = self.path / PARTIAL
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            digest = write_shard(partial, tokens_BND, absent, self.images_per_shard)
-            os.replace(partial, target)
-            for folder in (target.parent, target.parent.parent, shards_folder(self.path)):
-                sync_folder(folder)
-            record = ShardRecord(
-                index=plan.index, ids=plan.ids, failed=failed, bytes=digest.bytes, sha256=digest.sha256
-            )
-            grown = Manifest(header=self._header, shards={**self._shards, plan.index: record}, valid_bytes=0)
-            _write_metadata(self.path, grown)
-            _append(self.path / MANIFEST, shard_line(record))
-        except (OSError, OutOfSpaceError) as error:
-            partial.unlink(missing_ok=True)
-            shutil.rmtree(target.parent.parent, ignore_errors=True)
-            if isinstance(error, OutOfSpaceError):
-                raise
-            raise space_error(error, target) from error
-        self._shards[plan.index] = record
-        self._known.update(plan.ids)
+        key = shard_key(plan.index)
+        digest = write_shard(
+            self.place, key, tokens_BND, absent, self.images_per_shard, self.spec.codec, self._claims.still_mine
+        )
+        record = ShardRecord(
+            index=plan.index, ids=plan.ids, failed=failed, bytes=digest.bytes, digest=digest.digest, error=error
+        )
+        self._claims.still_mine()
+        self.place.write(commit_key(plan.index), shard_line(record))
+        self._learn([record])
 
-    def seal(self) -> None:
-        """Declare the cache complete: readers open only sealed ones unless they are told otherwise."""
-        write_json(self.path / SEAL, seal_content(self.manifest))
+    def seal(self) -> bool:
+        """Declare the cache complete: readers open only sealed ones unless they are told otherwise.
+
+        Either way this process has then given up its claims.
+
+        Returns:
+            False when shards of the plan are missing: other processes are at work, or died.
+        """
+        with self._claims.guard():
+            self._claims.still_mine()
+            self.refresh()
+            complete = not self.missing
+            if complete:
+                manifest = self.manifest
+                self._claims.still_mine()
+                _fold(self.place, manifest)
+                _tidy(self.place, manifest)
+                _seal(self.place, manifest)
+            for number in self._held:
+                self._claims.drop(number)
+            self._held = set()
+            if complete:
+                self._claims.clear()
+        return complete
+
+    def report(self, images: int) -> int:
+        """Tell the other processes how many images this one has done; gives the sum of what all told."""
+        self._claims.report(images)
+        return self._claims.reports()
+
+    def _be_seen(self) -> None:
+        """Claim a number that is no share, so that others see this process also while it has nothing to write."""
+        for number in itertools.count(self._shares + self._part.index):
+            if self._claims.take(number):
+                self._held.add(number)
+                return
+
+    def _learn(self, shards: Iterable[ShardRecord]) -> None:
+        for shard in shards:
+            if shard.index not in self._shards:
+                self._shards[shard.index] = shard
+                self._known.update(shard.ids)
 
 
-def forget_shards(cache: Path, indices: Sequence[int]) -> None:
+def forget_shards(cache: str | Path | Place, indices: Collection[int]) -> None:
     """Throw away shards of a cache, e.g. damaged ones: their images are pending again, and the cache is not sealed.
 
     Raises:
         CacheError: another process is writing this cache.
         OutOfSpaceError: the disk is full; the old manifest is intact.
     """
-    lock = _lock(cache)
-    try:
-        manifest = read_manifest(cache)
-        kept = {index: shard for index, shard in manifest.shards.items() if index not in set(indices)}
-        lines = [header_line(manifest.header), *(shard_line(shard) for shard in kept.values())]
-        _unseal(cache)
-        write_atomic(cache / MANIFEST, b"".join(lines))
-        _tidy(cache, read_manifest(cache))
-    finally:
-        _unlock(lock)
+    place = place_of(cache)
+    with alone(place):
+        manifest = read_manifest(place)
+        kept = {index: shard for index, shard in manifest.shards.items() if index not in indices}
+        left = Manifest(header=manifest.header, shards=kept)
+        _unseal(place)
+        _fold(place, left)
+        _tidy(place, left)
 
 
-def _lock(cache: Path) -> int:
-    """Take the writer's lock of a cache folder, made when it does not exist; the descriptor holds it."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(cache / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise space_error(error, cache) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
-    except BlockingIOError as error:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "unknown"
-        os.close(descriptor)
-        raise CacheError(
-            f"another process is writing {cache.name}",
-            why=f"the lock {cache / LOCK} is held by {holder}",
-            fix="wait until it has finished, or stop it; nothing is lost by stopping it",
-        ) from error
-    except OSError as error:
-        os.close(descriptor)
-        raise space_error(error, cache / LOCK) from error
-    return descriptor
+def replace_shards(cache: str | Path | Place, records: Iterable[ShardRecord]) -> None:
+    """Put the records of shards that were made again in the place of the old ones; a sealed cache stays sealed.
+
+    Raises:
+        CacheError: another process is writing this cache.
+        OutOfSpaceError: the disk is full; the old manifest is intact.
+    """
+    place = place_of(cache)
+    with alone(place):
+        manifest = read_manifest(place)
+        sealed = place.exists(SEAL)
+        shards = {**manifest.shards, **{record.index: record for record in records}}
+        changed = Manifest(header=manifest.header, shards=dict(sorted(shards.items())))
+        _unseal(place)
+        _fold(place, changed)
+        if sealed:
+            _seal(place, changed)
 
 
-def _unlock(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.close(descriptor)
+@contextmanager
+def alone(place: Place) -> Iterator[None]:
+    """While the block runs, nobody writes the cache at `place`.
+
+    Raises:
+        CacheError: another process is writing it.
+    """
+    claims = place.claims()
+    with claims.guard():
+        if others := claims.others():
+            raise _busy(place, others)
+        yield
 
 
-def _unseal(cache: Path) -> None:
-    if (cache / SEAL).exists():
-        (cache / SEAL).unlink()
-        sync_folder(cache)
+def _scales(spec: CacheSpec, shape: TokenShape, calibrate: Callable[[], Quantization] | None) -> Quantization | None:
+    if spec.dtype != "int8":
+        return None
+    assert calibrate is not None, "a new 8-bit cache needs scales"
+    scales = calibrate()
+    assert scales.scale_D.shape == (shape.dim,), scales.scale_D.shape
+    return scales
 
 
-def _require_same(cache: Path, header: Header, spec: CacheSpec, shape: TokenShape) -> None:
+def _busy(place: Place, others: Sequence[str]) -> CacheError:
+    return CacheError(
+        f"another process is writing {place.name}",
+        why=f"it is held by {', '.join(dict.fromkeys(others))}",
+        fix="wait until it has finished, or stop it; nothing is lost by stopping it",
+    )
+
+
+def _unseal(place: Place) -> None:
+    if place.exists(SEAL):
+        place.remove(SEAL)
+
+
+def _seal(place: Place, manifest: Manifest) -> None:
+    content = (json.dumps(seal_content(manifest), indent=1) + "\n").encode()
+    if not place.exists(SEAL) or place.read(SEAL) != content:
+        place.write(SEAL, content)
+
+
+def _require_same(place: Place, header: Header, spec: CacheSpec, shape: TokenShape) -> None:
     differences = header.spec.differences(spec)
     if header.shape != shape:
         differences.append(f"shape: {header.shape}, not {shape}")
     if differences:
         raise SpecMismatchError(
-            f"{cache} holds other tokens than these",
+            f"{place} holds other tokens than these",
             why="; ".join(differences),
             fix="extract into another --out folder",
         )
 
 
-def _tidy(cache: Path, manifest: Manifest) -> None:
-    """Make the folder what the manifest says: remove what a killed writer left behind, add what it had not written."""
-    shards_folder(cache).mkdir(parents=True, exist_ok=True)
-    for folder in (cache, cache / GROUP, array_folder(cache)):
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
-    (cache / PARTIAL).unlink(missing_ok=True)
+def _fold(place: Place, manifest: Manifest) -> None:
+    """Make the manifest file, and the zarr.json files, say what is committed; then their records are needed no more."""
+    for key, content in [(MANIFEST, manifest.to_bytes()), *metadata(manifest.header, manifest.num_rows)]:
+        if not place.exists(key) or place.read(key) != content:
+            place.write(key, content)
+    place.remove_tree(COMMITS)
+
+
+def _tidy(place: Place, manifest: Manifest) -> None:
+    """Remove what killed writers left behind; only when nobody else writes, or nothing is left to be written."""
+    for folder in ("", GROUP, ARRAY):
+        for name in place.names(folder):
+            if name.startswith(".") and name.endswith(".tmp"):
+                place.remove(f"{folder}/{name}".lstrip("/"))
+    place.remove_tree(PARTIAL)
     committed = {str(index) for index in manifest.shards}
-    for child in shards_folder(cache).iterdir():
-        if child.name not in committed:
-            shutil.rmtree(child)
-    if (cache / MANIFEST).stat().st_size > manifest.valid_bytes:
-        os.truncate(cache / MANIFEST, manifest.valid_bytes)
-    _write_metadata(cache, manifest)
-
-
-def _write_metadata(cache: Path, manifest: Manifest) -> None:
-    """Write those zarr.json files that do not fit the manifest."""
-    for path, text in (
-        (cache / GROUP / "zarr.json", group_metadata(manifest.header)),
-        (array_folder(cache) / "zarr.json", array_metadata(manifest.header, manifest.num_rows)),
-    ):
-        if not path.exists() or path.read_text() != text:
-            write_atomic(path, text)
+    for name in place.names(SHARDS):
+        if name not in committed:
+            place.remove_tree(f"{SHARDS}/{name}")
 
 
 def _ranges(indices: Sequence[int]) -> list[list[int]]:
@@ -313,20 +460,3 @@ def _ranges(indices: Sequence[int]) -> list[list[int]]:
         else:
             ranges.append([index, index])
     return ranges
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Add one line and bring it to the disk; on failure the file is as before."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        before = os.fstat(descriptor).st_size
-        try:
-            written = 0
-            while written < len(line):
-                written += os.write(descriptor, line[written:])
-            os.fsync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, before)
-            raise
-    finally:
-        os.close(descriptor)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.shell_completion import CompletionItem
 
 from vlmx.cache_specs.command import complete_caches
 from vlmx.console import note, table
+from vlmx.errors import UsageError
 from vlmx.runs import RunFolder, list_runs
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ Worked examples:
       a fixed subset of 200 questions each; every score says that it is partial
   vlmx eval --run vmamba-mlp2 --control shuffled
       the same questions with the tokens of other images: what is left is guessing
+  vlmx eval --run vmamba-mlp2 --cache none --weights vmamba_s.pth
+      no cache: the run's encoder works on the fly (needs the images and phase one's libraries)
 
 \b
 Answers go to RUN/eval/BENCHMARK/answers.jsonl (shuffled: RUN/eval-shuffled/...), scores beside them. Questions that are
@@ -60,12 +63,7 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
 
 caches_option = click.option(
-    "--caches",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("caches"),
-    show_default=True,
-    metavar="FOLDER",
-    help="Folder of caches.",
+    "--caches", metavar="FOLDER", default="caches", show_default=True, help="Folder or url of all caches."
 )
 RUN_HELP = "Folder, name, beginning of a name below runs/, or 'latest'."
 
@@ -89,8 +87,31 @@ RUN_HELP = "Folder, name, beginning of a name below runs/, or 'latest'."
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Questions generated together."
 )
-def evaluate(run_name: str, names: str, caches: Path, limit: int | None, control: str, batch_size: int) -> None:
-    """Answer benchmarks with a trained model, from cached tokens, and score the answers."""
+@click.option("--pull", metavar="FOLDER", help="Copy a remote cache to this folder, shard by shard, as it is used.")
+@click.option(
+    "--cache", type=click.Choice(["none"]), help="none: encode on the fly. Default: the cache of the run's encoder."
+)
+@click.option("--backbone", metavar="NAME", help="With --cache none: the encoder. Default: the run's.")
+@click.option("--res", metavar="RES", help="With --cache none: its input size. Default: the run's.")
+@click.option("--weights", metavar="FILE", help="With --cache none: its checkpoint. Default: looked up.")
+@click.option("--image-root", metavar="FOLDER", help="With --cache none: where the image paths of a JSON start.")
+@click.argument("overrides", nargs=-1, metavar="[stream.KEY=VALUE]...")
+def evaluate(
+    run_name: str,
+    names: str,
+    caches: str,
+    limit: int | None,
+    control: str,
+    batch_size: int,
+    pull: str | None,
+    cache: str | None,
+    overrides: tuple[str, ...],
+    **encoder: str | None,
+) -> None:
+    """Answer benchmarks with a trained model, from cached tokens, and score the answers.
+
+    With --cache none, whatever else `vlmx train` takes as stream.KEY=VALUE can be given, too.
+    """
     from vlmx.data.benchmarks import expand
     from vlmx.evaluate.answers import Control
     from vlmx.evaluate.predict import predict_run
@@ -99,8 +120,37 @@ def evaluate(run_name: str, names: str, caches: Path, limit: int | None, control
     run = RunFolder.open(run_name, root=RUNS_ROOT)
     chosen = next(known for known in get_args(Control) if known == control)
     benchmarks = expand(names)
-    predict_run(run, benchmarks, caches=caches, limit=limit, control=chosen, batch_size=batch_size)
+    given = {key: value for key, value in encoder.items() if value is not None}
+    stream = _stream(cache, given, list(overrides))
+    predict_run(
+        run, benchmarks, caches=caches, limit=limit, control=chosen, batch_size=batch_size, stream=stream, pull=pull
+    )
     _print_scores([s for s in score_run(run) if s.benchmark in benchmarks and s.control == chosen], title=run.name)
+
+
+def _stream(cache: str | None, given: dict[str, str], overrides: list[str]) -> dict[str, Any] | None:
+    """What was said about encoding on the fly; None when a cache is meant.
+
+    Raises:
+        UsageError: something was said, but not --cache none.
+        ConfigError: an override is not of the group stream, or is wrong.
+    """
+    from vlmx.cache_specs.streams import StreamConfig
+    from vlmx.config import load_config
+
+    if cache is None:
+        if given or overrides:
+            raise UsageError(
+                "what is said about the encoder changes nothing",
+                why=", ".join([*(f"--{key.replace('_', '-')}" for key in given), *overrides]),
+                fix="add --cache none, or leave it out",
+            )
+        return None
+    strange = [item for item in overrides if not item.startswith("stream.")]
+    if strange:
+        raise UsageError(f"'{strange[0]}' is not an override of the encoder", fix="write stream.KEY=VALUE")
+    config = load_config(StreamConfig, None, [item.removeprefix("stream.") for item in overrides], **given)
+    return config.model_dump(exclude_unset=True)
 
 
 @click.command(epilog=SCORE_EPILOG)
@@ -130,7 +180,7 @@ def score(run_name: str, boxes: str) -> None:
     help="Name, beginning of a name, or folder; A+B joins two.",
 )
 @caches_option
-def probe(name: str, caches: Path) -> None:
+def probe(name: str, caches: str) -> None:
     """Read position and boxes linearly from frozen tokens of the mini study, without any LLM.
 
     The result is printed, and kept in FOLDER/probes for `vlmx report`.
@@ -167,7 +217,7 @@ def probe(name: str, caches: Path) -> None:
     help="Write all scores with their origin as CSV, too.",
 )
 @caches_option
-def report(run_names: tuple[str, ...], out: Path, csv_path: Path | None, caches: Path) -> None:
+def report(run_names: tuple[str, ...], out: Path, csv_path: Path | None, caches: str) -> None:
     """Compare runs on one HTML page that needs no network, and print the result table.
 
     RUNS are folders, names, beginnings of names below runs/, or 'latest'.

@@ -8,16 +8,23 @@ Shapes: B questions of a batch, N visual tokens an image, D width of the encoder
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from vlmx.cache_specs.places import Place, place_of
 from vlmx.console import note, progress
 from vlmx.data.records import Question
-from vlmx.errors import DataError
+from vlmx.errors import DataError, UsageError
 from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_path
 from vlmx.evaluate.score import questions_of
 from vlmx.runs import RunFolder
 
+if TYPE_CHECKING:
+    from vlmx.cache_specs.fused import TokenSpec
+    from vlmx.cache_specs.token_source import TokenSource
+
+_OF_TRAINING_DATA = ("images", "image_root", "data_root", "image_column")
 MAX_NEW_TOKENS = 128  # as in the paper's evaluation; answers normally end long before
 BATCH_SIZE = 64
 
@@ -97,33 +104,38 @@ def predict_run(
     run: RunFolder,
     benchmarks: Sequence[str],
     *,
-    caches: Path,
+    caches: str | Path | Place,
     limit: int | None = None,
     control: Control = "none",
     batch_size: int = BATCH_SIZE,
+    stream: Mapping[str, Any] | None = None,
+    pull: str | None = None,
 ) -> None:
     """Answer benchmarks with the model of a finished run.
 
     Args:
         run: its `model/` is used.
         benchmarks: names, see vlmx.data.benchmarks.
-        caches: folder of caches; the one that the run was trained on is used.
+        caches: folder of caches; the one that the run was trained on is used. A run that was trained without a cache
+            is answered without one, too, unless there is one by now.
         limit: questions per benchmark; None for all.
         control: "shuffled" gives every question the tokens of another image.
         batch_size: questions that are generated together.
+        stream: encode on the fly; holds what differs from what the run knows of its encoder (`StreamConfig`).
+        pull: folder for copies of a remote cache's shards; see `open_cache`.
 
     Raises:
         RunError: the run has no trained model.
         CacheError: the run's cache is missing, was made with another spec, or lacks images of a benchmark.
+        SpecMismatchError: the encoder that works on the fly is another one.
     """
     import torch
 
-    from vlmx.cache_specs.reader import open_cache
     from vlmx.models.folder import load_model
 
     folder = run.path / "model"
     saved = load_model(folder)
-    reader = open_cache(saved.card.spec.name, caches)
+    reader = _tokens(run, saved.card.spec, [table_name(b) for b in benchmarks], place_of(caches), stream, pull)
     reader.require_spec(saved.card.spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vlm = saved.vlm.to(device)
@@ -153,6 +165,45 @@ def predict_run(
         predict_benchmark(answers_path(run, benchmark, control), header, questions, answer, batch_size=batch_size)
 
 
+def _tokens(
+    run: RunFolder,
+    spec: TokenSpec,
+    datasets: Sequence[str],
+    caches: Place,
+    stream: Mapping[str, Any] | None,
+    pull: str | None,
+) -> TokenSource:
+    """The tokens that a run needs: from its cache, or encoded on the fly."""
+    from vlmx.cache_specs.catalog import list_caches
+    from vlmx.cache_specs.fused import FusedSpec
+    from vlmx.cache_specs.reader import open_cache
+    from vlmx.cache_specs.streams import NO_CACHE, open_stream, stream_of
+
+    trained_without = run.config.get("cache") == NO_CACHE
+    if stream is None and not (trained_without and spec.name not in list_caches(caches)):
+        return open_cache(spec.name, caches, pull=pull)
+    if pull is not None:
+        raise UsageError("--pull copies a cache, and encoding on the fly uses none", fix="leave --pull out")
+    if isinstance(spec, FusedSpec):
+        raise UsageError(
+            f"the tokens of {spec.name} cannot be encoded on the fly", why="several encoders are joined in them"
+        )
+    if stream is None:
+        note(f"{caches} has no cache {spec.name}: encoding on the fly, as in training")
+    known = stream_of(spec)
+    if trained_without:  # it knows the options; its images are those of the training
+        recorded = {key: value for key, value in run.config["stream"].items() if key not in _OF_TRAINING_DATA}
+        known = known.model_copy(update=recorded)
+    config = known.model_copy(update=dict(stream or {}))
+    if config.images is not None and len(set(datasets)) > 1:
+        raise UsageError(
+            "stream.images cannot be the images of several data sets",
+            why=", ".join(dict.fromkeys(datasets)),
+            fix="evaluate their benchmarks one after the other with --bench",
+        )
+    return open_stream(config, {name: config.images or name for name in datasets}, caches)
+
+
 def table_name(benchmark: str) -> str:
     """The data set whose image table has a benchmark's images: "mini" for the mini study, else the benchmark's name."""
     from vlmx.data.mini.study import BENCHMARKS
@@ -160,7 +211,7 @@ def table_name(benchmark: str) -> str:
     return "mini" if benchmark in BENCHMARKS else benchmark
 
 
-def _image_ids(questions: Sequence[Question], benchmark: str, caches: Path) -> dict[str, str]:
+def _image_ids(questions: Sequence[Question], benchmark: str, caches: str | Path | Place) -> dict[str, str]:
     from vlmx.cache_specs.ids import ImageTable
 
     table = ImageTable.open(caches, table_name(benchmark))

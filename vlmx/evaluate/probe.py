@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vlmx.runs import write_json
+from vlmx.cache_specs.places import Place, place_of
 
 if TYPE_CHECKING:
     from vlmx.cache_specs.token_source import TokenSource
@@ -89,12 +89,12 @@ class Cells:
         return np.concatenate([self.tokens_TD, self.place_TN], axis=1)
 
 
-def probe_cache(reader: TokenSource, root: Path) -> ProbeResult:
+def probe_cache(reader: TokenSource, root: str | Path | Place) -> ProbeResult:
     """Probe a cache that holds the mini study.
 
     Args:
         reader: the open cache, or several joined ones.
-        root: the folder of caches, which holds the mini study's image table.
+        root: folder or url of all caches, which holds the mini study's image table.
 
     Raises:
         CacheError: the cache lacks scenes of the study.
@@ -124,7 +124,7 @@ def probe_cache(reader: TokenSource, root: Path) -> ProbeResult:
     )
 
 
-def _cells(reader: TokenSource, root: Path, keys: Sequence[str]) -> Cells:
+def _cells(reader: TokenSource, root: str | Path | Place, keys: Sequence[str]) -> Cells:
     from vlmx.cache_specs.ids import ImageTable
     from vlmx.data.mini.scenes import scene_of
 
@@ -211,17 +211,17 @@ def _iou_of_edges(one_T4: Floats, other_T4: Floats) -> Floats:
     return result
 
 
-def probe_path(root: Path, cache: str) -> Path:
+def probe_key(cache: str) -> str:
     """Where the probe of a cache is kept: beside the caches, because a cache's own bytes depend on its tokens alone."""
-    return root / "probes" / f"{cache}.json"
+    return f"probes/{cache}.json"
 
 
-def write_probe(root: Path, result: ProbeResult) -> None:
+def write_probe(root: str | Path | Place, result: ProbeResult) -> None:
     """Keep a result where `read_probe` finds it."""
-    write_json(probe_path(root, result.cache), asdict(result))
+    place_of(root).write(probe_key(result.cache), (json.dumps(asdict(result), indent=1) + "\n").encode())
 
 
-def read_probe(root: Path, cache: str) -> ProbeResult | None:
+def read_probe(root: str | Path | Place, cache: str) -> ProbeResult | None:
     """The kept result of a cache; None if it was not probed."""
-    path = probe_path(root, cache)
-    return ProbeResult(**json.loads(path.read_text())) if path.exists() else None
+    place, key = place_of(root), probe_key(cache)
+    return ProbeResult(**json.loads(place.read(key))) if place.exists(key) else None

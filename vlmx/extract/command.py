@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 from click.shell_completion import CompletionItem
 
-from vlmx.cache_specs.presets import preset, presets
-from vlmx.cache_specs.spec import DType
+from vlmx.cache_specs.spec import Codec, DType
 from vlmx.console import format_bytes, note, warn
+from vlmx.data.published import DATA_ROOT
 from vlmx.errors import UsageError
-from vlmx.extract.backbones import catalogue
+from vlmx.extract.arguments import (
+    BatchSizeParam,
+    check_engine,
+    chosen_encoders,
+    complete_backbone,
+    complete_data,
+    complete_engine,
+    complete_row,
+)
+from vlmx.extract.many import ManyProcesses
 from vlmx.extract.ops import engines
 from vlmx.extract.ops.engines import ENGINE_NAMES
-from vlmx.registry import unknown_name
+from vlmx.extract.worker import worker_of
 
 if TYPE_CHECKING:
-    from vlmx.extract.backbones.row import BackboneRow
+    from vlmx.extract.estimate import Estimate
     from vlmx.extract.runner import ExtractSummary
 
 EPILOG = """\b
@@ -31,10 +39,16 @@ Worked examples:
       a folder of photos with an untrained encoder, to see that everything works
   vlmx extract --backbone vmamba-s-coco --res 512 --data llava_v1_5_mix665k.json --image-root images/
       every image that a LLaVA-style JSON names, once each
+  vlmx extract --backbone vmamba-s-coco --res 512 --data vqav2,refcoco --data-root data/
+      published benchmarks; a photo that several share is encoded once
+  vlmx extract --backbone vmamba-s-coco --res 512 --data vqav2,refcoco --data-root data/ --dry-run
+      what that would take, how long, and whether a cache pays; nothing is stored
   vlmx extract --backbone vmamba-s-coco --res 800x1328 --data 'shards/{000..015}.tar' --name photos --dtype bfloat16
       webdataset tars, 800 pixels high and 1328 wide
   vlmx extract --row dinov2-l+siglip-so400m-384@384/mlp3 --data llava_v1_5_mix665k.json --image-root images/
       what a row of the paper needs: here two caches, which training joins (vlmx list rows)
+  vlmx extract --backbone vmamba-s-coco --res 512 --data photos/ --nproc 8
+      a process for each of eight GPUs; on several machines: torchrun ... -m vlmx extract ..., or --slurm 32 > job.sh
 
 \b
 Stopped or killed, the same command goes on where it was. Images that the cache has already are not encoded again.
@@ -45,59 +59,7 @@ Photos are letterboxed: padded at their own size to the shape of --res, then res
 SHOWN_FAILURES = 5
 
 
-def complete_backbone(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of backbones for the shell."""
-    return [
-        CompletionItem(row.name, help=row.pretraining) for row in catalogue.rows() if row.name.startswith(incomplete)
-    ]
-
-
-def complete_row(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of published rows for the shell."""
-    return [CompletionItem(row.name) for row in presets() if row.name.startswith(incomplete)]
-
-
-def complete_engine(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of scan engines for the shell."""
-    return [CompletionItem(name) for name in ENGINE_NAMES if name.startswith(incomplete)]
-
-
-def check_engine(name: str | None) -> None:
-    """Make sure that `--scan` names an engine, if it is given; whether it can run here is asked later.
-
-    Raises:
-        UnknownNameError: it does not.
-    """
-    if name is not None and name not in ENGINE_NAMES:
-        raise unknown_name("scan engine", name, ENGINE_NAMES, listing="vlmx doctor")
-
-
-def parse_res(text: str) -> tuple[int, int]:
-    """Height and width in pixels: "512" -> (512, 512), "800x1328" -> (800, 1328).
-
-    Raises:
-        UsageError: it is neither.
-    """
-    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
-    if not match:
-        raise UsageError(f"'{text}' is not a resolution", fix="--res takes 512, or HEIGHTxWIDTH such as 800x1328")
-    return int(match[1]), int(match[2] or match[1])
-
-
-class BatchSizeParam(click.ParamType):
-    """A positive number, or "auto"."""
-
-    name = "batch size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["auto"]:
-        if value == "auto" or (isinstance(value, int) and value > 0):
-            return value  # type: ignore[no-any-return]
-        if re.fullmatch(r"[1-9]\d{0,5}", str(value)):
-            return int(value)
-        self.fail(f"'{value}' is neither a positive number nor auto", param, ctx)
-
-
-@click.command(epilog=EPILOG)
+@click.command(cls=ManyProcesses, epilog=EPILOG)
 @click.option(
     "--backbone",
     "name",
@@ -115,10 +77,14 @@ class BatchSizeParam(click.ParamType):
 @click.option("--res", metavar="RES", help="Input size in pixels: 512, or HEIGHTxWIDTH. Default: the backbone's own.")
 @click.option(
     "--data",
-    default="mini",
+    multiple=True,
+    default=("mini",),
     show_default=True,
     metavar="DATA",
-    help="mini (the embedded study), a folder, a LLaVA-style .json or .jsonl, or webdataset .tar files.",
+    shell_complete=complete_data,
+    help="mini (the embedded study), a published data set (vqav2, refcoco, ..., llava-665k), a folder, a LLaVA-style "
+    ".json or .jsonl, webdataset .tar files (also https:// and s3://), or .parquet files. Several: give it again, or "
+    "separate them by commas.",
 )
 @click.option(
     "--image-root",
@@ -126,8 +92,15 @@ class BatchSizeParam(click.ParamType):
     metavar="FOLDER",
     help="Where the image paths of a JSON start. Default: the folder of the JSON.",
 )
+@click.option(
+    "--data-root",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help=f"Folder of the published data sets' files. Default: {DATA_ROOT}.",
+)
+@click.option("--image-column", metavar="NAME", help="Column of the images in .parquet files. Default: found.")
 @click.option("--name", "dataset", metavar="NAME", help="Name of the data set. Default: taken from DATA.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Take only the first N images.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Take only the first N images of each data set.")
 @click.option(
     "--weights",
     metavar="FILE",
@@ -137,18 +110,24 @@ class BatchSizeParam(click.ParamType):
 @click.option(
     "--out",
     "root",
-    type=click.Path(path_type=Path, file_okay=False),
     default="caches",
     show_default=True,
     metavar="FOLDER",
-    help="Folder of all caches.",
+    help="Folder of all caches, or a url such as s3://bucket/caches.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(get_args(DType)),
     default="float16",
     show_default=True,
-    help="How tokens are stored.",
+    help="How tokens are stored. int8: half of float16, on a fixed scale for each channel; its error is measured.",
+)
+@click.option(
+    "--codec",
+    type=click.Choice(get_args(Codec)),
+    default="crc32c",
+    show_default=True,
+    help="blosc compresses tokens without loss: 1.05 to 1.35 times smaller, and several times slower to read.",
 )
 @click.option(
     "--compute",
@@ -176,7 +155,24 @@ class BatchSizeParam(click.ParamType):
     type=click.IntRange(1),
     default=min(32, os.cpu_count() or 1),
     show_default="cores, at most 32",
-    help="Threads that read and decode images ahead of the encoder. On a CPU, that has OMP_NUM_THREADS, or all cores.",
+    help="Threads that read and decode images ahead of the encoder. How many threads encode on a CPU is for "
+    "OMP_NUM_THREADS to say; default: all cores.",
+)
+@click.option(
+    "--nproc",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes that fill the cache together: one for each GPU, or each with its part of the cores.",
+)
+@click.option(
+    "--slurm",
+    type=click.IntRange(1),
+    is_flag=False,
+    flag_value=8,
+    metavar="[N]",
+    help="Print the script of a Slurm job array of N tasks (without a number: 8) that do this together, and stop.",
 )
 @click.option(
     "--out-norm",
@@ -190,18 +186,24 @@ class BatchSizeParam(click.ParamType):
     help="Block whose output is taken, for ViT, CLIP, SigLIP, DINOv2 and timm. Default: -2, the second to last.",
 )
 @click.option("--feature", metavar="CHOICE", help="Map that is taken, for ViTDet: last_feat, p4. Default: last_feat.")
+@click.option("--dry-run", is_flag=True, help="Say what this would do, take and pay, from a sample; store nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print it as JSON.")
+@click.option("--force", is_flag=True, help="Begin also when the tokens do not fit on the disk.")
 @click.option("--crop", is_flag=True, help="Crop the letterboxed photo's border where the reference's code does.")
 def extract(
     name: str | None,
     row_name: str | None,
     res: str | None,
-    data: str,
+    data: tuple[str, ...],
     image_root: Path | None,
+    data_root: Path | None,
+    image_column: str | None,
     dataset: str | None,
     limit: int | None,
     weights: str | None,
-    root: Path,
+    root: str,
     dtype: DType,
+    codec: Codec,
     compute: str,
     scan: str | None,
     batch_size: int | Literal["auto"],
@@ -210,6 +212,9 @@ def extract(
     block: int | None,
     feature: str | None,
     crop: bool,
+    dry_run: bool,
+    as_json: bool,
+    force: bool,
 ) -> None:
     """Run a frozen encoder once over all images and store its visual tokens.
 
@@ -224,26 +229,59 @@ def extract(
         )
 
     check_engine(scan)
+    if as_json and not dry_run:
+        raise UsageError("--json belongs to --dry-run", fix="add --dry-run, or leave --json out")
 
-    from vlmx.extract.images import open_source
+    from vlmx.extract.sources import open_sources
 
-    source = open_source(data, image_root, dataset)
-    if limit is not None:
-        source = source.first(limit)
+    sources = open_sources(data, image_root, dataset, data_root=data_root, image_column=image_column, limit=limit)
 
     import torch
 
     from vlmx.extract.backbones.base import build_backbone
+    from vlmx.extract.originals import recipe
     from vlmx.extract.runner import extract as run
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    engines.force(scan, torch.device(device))
+    worker = worker_of(os.environ)
+    device = worker.device()
+    engines.force(scan, device)
     torch.backends.cudnn.allow_tf32 = False  # --compute promises float32
     given = {"out_norm": out_norm, "block": block, "feature": feature}
     options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
-    if device == "cuda" and compute == "float32":
+    if device.type == "cpu" and batch_size != "auto":
+        note("--batch-size is for GPUs: a CPU has a size of its own, on which the bytes of a cache depend")
+    if device.type == "cuda" and compute == "float32":
         note("computing in float32, so that tokens are those of any other machine; --compute bfloat16 is faster")
-    names = []
+    if dry_run:
+        from vlmx.cache_specs.places import place_of
+        from vlmx.extract import estimate_text
+        from vlmx.extract.estimate import estimate, read_sources
+
+        inventories = read_sources(sources, place_of(root), threads=threads)
+        estimates: list[Estimate] = []
+        for row, size in encoders:
+            estimates.append(
+                estimate(
+                    row,
+                    size,
+                    inventories,
+                    root=place_of(root),
+                    weights=weights,
+                    dtype=dtype,
+                    codec=codec,
+                    compute=getattr(torch, compute),
+                    device=device,
+                    crop=crop,
+                    options=options,
+                    batch_size=batch_size,
+                    threads=threads,
+                    taken_bytes=sum(earlier.new_bytes for earlier in estimates),
+                )
+            )
+        if worker.speaks:
+            estimate_text.print_json(estimates) if as_json else estimate_text.print_text(estimates)
+        return
+    names, sealed = [], []
     for row, size in encoders:
         backbone = build_backbone(
             row.name,
@@ -255,44 +293,47 @@ def extract(
             **options,
         )
         below, right = row.unseen(size)
-        if below or right:
+        if (below or right) and worker.speaks:
             warn(f"{row.name} sees whole patches only: {below} rows and {right} columns of pixels are left out")
-        summary = run(backbone, source, root=root, dtype=dtype, batch_size=batch_size, threads=threads)
-        show(summary)
-        if scan is not None and summary.scan is None:
-            warn(f"{row.name} has no selective scan: --scan {scan} changed nothing")
-        names.append(summary.cache.name)
-    click.echo("+".join(names))
-
-
-def chosen_encoders(
-    name: str | None, row_name: str | None, res: str | None
-) -> list[tuple[BackboneRow, tuple[int, int]]]:
-    """The encoders, each with its (height, width), that --backbone and --res, or --row, stand for.
-
-    Raises:
-        UsageError: both are given, or neither.
-        UnknownNameError: there is no such backbone or row.
-    """
-    if (name is None) == (row_name is None) or (row_name is not None and res is not None):
-        raise UsageError(
-            "it is not clear which encoder is meant",
-            why="--row stands for a backbone and its size" if row_name else "neither --backbone nor --row is given",
-            fix="give --backbone NAME (and --res), or --row ROW alone",
+        summary = run(
+            backbone,
+            sources,
+            root=root,
+            dtype=dtype,
+            codec=codec,
+            batch_size=batch_size,
+            threads=threads,
+            part=worker.part,
+            stay=worker.stays,
+            speaks=worker.speaks,
+            force=force,
+            recipe=recipe(
+                data,
+                image_root=image_root,
+                name=dataset,
+                data_root=data_root,
+                image_column=image_column,
+                limit=limit,
+            ),
         )
-    if name is not None:
-        row = catalogue.row(name)
-        return [(row, parse_res(res) if res else row.native_res)]
-    assert row_name is not None
-    published = preset(row_name)
-    return [(catalogue.row(each), published.res) for each in published.backbones]
+        if worker.speaks:
+            show(summary)
+            if scan is not None and summary.scan is None:
+                warn(f"{row.name} has no selective scan: --scan {scan} changed nothing")
+        names.append(summary.cache.name)
+        sealed.append(summary.sealed)
+    worker.finish("+".join(names), sealed=all(sealed))
 
 
 def show(summary: ExtractSummary) -> None:
     """Print what was done (stderr)."""
+    new = f"{summary.new:,} new"
+    if summary.several:
+        new = f"{summary.missing:,} were missing, {summary.new:,} of them encoded by this process"
     note(
-        f"done: {summary.images:,} images ({summary.different:,} different), {summary.new:,} new, "
-        f"{format_bytes(summary.new_bytes)} written; image table '{summary.dataset}'"
+        f"done: {summary.images:,} images ({summary.different:,} different), {new}, "
+        f"{format_bytes(summary.new_bytes)} written; image table{'s' if len(summary.datasets) > 1 else ''} "
+        + ", ".join(f"'{name}'" for name in summary.datasets)
     )
     if summary.new:
         note(summary.seconds.describe(summary.new))
@@ -300,6 +341,13 @@ def show(summary: ExtractSummary) -> None:
         note(f"selective scan: {summary.scan.engine}")
         if summary.scan.fallback:
             warn(summary.scan.fallback)
+    if summary.error:
+        note(
+            f"8 bits: relative error {summary.error.relative:.4f}, {summary.error.clipped:,} of "
+            f"{summary.error.values:,} numbers clipped"
+        )
+    if not summary.sealed:
+        note("other processes are still at work; the last one declares the cache complete")
     if summary.failed:
         warn(f"{len(summary.failed):,} images could not be decoded; the image table lists them all")
         for key, reason in list(summary.failed.items())[:SHOWN_FAILURES]:

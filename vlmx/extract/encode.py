@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmx.cache_specs.quantize import Quantization, QuantizationError
 from vlmx.cache_specs.spec import STORAGE_DTYPES, DType
 from vlmx.console import warn
 from vlmx.errors import UsageError, VlmxError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 FLOAT16_MAX = 65504.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EncodedShard:
     """One shard, ready to be stored.
 
@@ -42,11 +43,13 @@ class EncodedShard:
         plan: its index and ids.
         tokens_SND: in storage dtype (bfloat16 as uint16); rows of failed images are zero.
         failed: ids of its undecodable images, and why.
+        error: what 8 bits lost on its images; None in caches of more bits.
     """
 
     plan: ShardPlan
     tokens_SND: NDArray[np.generic]
     failed: dict[str, str]
+    error: QuantizationError | None
 
 
 @dataclass(kw_only=True)
@@ -82,6 +85,7 @@ class ShardEncoder:
         block: images a pass.
         dtype: of the stored tokens.
         seconds: where the time is added up.
+        quantization: the scales of 8-bit tokens; None for others.
 
     Attributes:
         block: images a pass; halved whenever a GPU runs out of memory.
@@ -96,13 +100,16 @@ class ShardEncoder:
         block: int,
         dtype: DType,
         seconds: Seconds,
+        quantization: Quantization | None = None,
     ) -> None:
+        assert (quantization is not None) == (dtype == "int8")
         self.block = block
         self._backbone = backbone
         self._prepared = prepared
         self._lanes = lanes
         self._dtype = dtype
         self._seconds = seconds
+        self._quantization = quantization
         self._rooms = [lanes.room(block) for _ in range(lanes.depth + 1)]  # one is filled while the others are in use
         self._under_way: deque[_Pass] = deque()
 
@@ -128,7 +135,12 @@ class ShardEncoder:
     def _passes(self, plan: ShardPlan) -> Iterator[_Pass]:
         """The images of one shard in passes, each ready to begin. A pass never straddles two shards."""
         shape = (len(plan.ids), self._backbone.num_tokens, self._backbone.dim)
-        shard = EncodedShard(plan=plan, tokens_SND=np.zeros(shape, STORAGE_DTYPES[self._dtype]), failed={})
+        shard = EncodedShard(
+            plan=plan,
+            tokens_SND=np.zeros(shape, STORAGE_DTYPES[self._dtype]),
+            failed={},
+            error=None if self._quantization is None else QuantizationError(),
+        )
         slots: list[int] = []
         settled = 0
         for slot, image in enumerate(plan.ids):
@@ -206,6 +218,13 @@ class ShardEncoder:
         for slot, peak in zip(ended.slots, encoded.peaks_B.tolist(), strict=False):
             self._check(shard.plan.ids[slot], peak)
         stored_BND = encoded.stored_BND[:count]
+        if self._quantization is not None:
+            assert shard.error is not None
+            tokens_BND = stored_BND.numpy()
+            codes_BND = self._quantization.encode(tokens_BND)
+            shard.error += self._quantization.error(tokens_BND, codes_BND)
+            shard.tokens_SND[ended.slots] = codes_BND
+            return
         if self._dtype == "bfloat16":
             stored_BND = stored_BND.view(torch.int16)
         shard.tokens_SND[ended.slots] = stored_BND.numpy().view(shard.tokens_SND.dtype)

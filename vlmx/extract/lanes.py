@@ -107,7 +107,7 @@ class CpuLanes(Lanes):
         torch.set_num_threads(self._threads_before)
 
     def room(self, block: int) -> Tensor:
-        return torch.zeros(block, 3, *self._backbone.res)
+        return torch.zeros(block, 3, *self._backbone.res, dtype=torch.float32, device="cpu")
 
     def start(self, images_BCHW: Tensor) -> Finish:
         future = self._pool.submit(self._encode, images_BCHW)
@@ -153,7 +153,7 @@ class CudaLane(Lanes):
         torch.cuda.synchronize(self._device)  # the copies under way use memory that is given back now
 
     def room(self, block: int) -> Tensor:
-        return torch.zeros(block, 3, *self._backbone.res, pin_memory=True)
+        return torch.zeros(block, 3, *self._backbone.res, dtype=torch.float32, device="cpu", pin_memory=True)
 
     def start(self, images_BCHW: Tensor) -> Finish:
         computing = torch.cuda.current_stream(self._device)
@@ -171,7 +171,7 @@ class CudaLane(Lanes):
             self._out_of.wait_stream(computing)
             with torch.cuda.stream(self._out_of):
                 host_BND = torch.empty(stored_BND.shape, dtype=self._dtype, pin_memory=True)
-                host_B = torch.empty(peaks_B.shape, pin_memory=True)
+                host_B = torch.empty(peaks_B.shape, dtype=torch.float32, pin_memory=True)
                 host_BND.copy_(stored_BND, non_blocking=True)
                 host_B.copy_(peaks_B, non_blocking=True)
             stored_BND.record_stream(self._out_of)
@@ -194,8 +194,8 @@ def lanes_for(backbone: Backbone, stored: DType) -> Lanes:
 
     Args:
         backbone: the frozen encoder.
-        stored: dtype of the stored tokens.
+        stored: dtype of the stored tokens; those that become 8 bits come as float32.
     """
-    dtype: torch.dtype = getattr(torch, stored)
+    dtype: torch.dtype = torch.float32 if stored == "int8" else getattr(torch, stored)
     on_gpu = next(backbone.parameters()).device.type == "cuda"
     return CudaLane(backbone, dtype) if on_gpu else CpuLanes(backbone, dtype)

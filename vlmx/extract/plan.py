@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vlmx.cache_specs.geometry import Geometry
-from vlmx.cache_specs.ids import ImageEntry, ImageTable, image_id, table_path
+from vlmx.cache_specs.ids import ImageEntry, ImageTable, table_key
+from vlmx.cache_specs.places import Place
 from vlmx.cache_specs.sizing import cache_size
-from vlmx.cache_specs.spec import CacheSpec, DType, TokenShape
-from vlmx.console import format_bytes, progress
+from vlmx.cache_specs.spec import CacheSpec, Codec, Compute, DType, TokenShape
+from vlmx.console import format_bytes, warn
 from vlmx.errors import DataError, OutOfSpaceError
-from vlmx.extract.ahead import work_ahead
-from vlmx.extract.images import ImageRecord, ImageSource
-from vlmx.extract.preprocess import source_size
+from vlmx.extract.inventory import SourceImage
 
 if TYPE_CHECKING:
     from vlmx.cache_specs.writer import CacheWriter, ShardPlan
     from vlmx.extract.backbones.base import Backbone
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceImage:
-    """One image of a source, read once.
-
-    Attributes:
-        key: its name in the source.
-        id: content id of its bytes.
-        source_wh: (width, height) in pixels that its header states; None if it states none.
-        load: reads its bytes again.
-    """
-
-    key: str
-    id: str
-    source_wh: tuple[int, int] | None
-    load: Callable[[], bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +46,7 @@ class ExtractPlan:
         )
 
 
-def spec_of(backbone: Backbone, dtype: DType) -> CacheSpec:
+def spec_of(backbone: Backbone, dtype: DType, codec: Codec = "crc32c") -> CacheSpec:
     """The identity of the cache that `backbone` fills: letterbox, padded with its mean colour, int(255 * mean)."""
     height, width = backbone.res
     red, green, blue = (int(255 * level) for level in backbone.mean)
@@ -83,59 +63,19 @@ def spec_of(backbone: Backbone, dtype: DType) -> CacheSpec:
         mean=backbone.mean,
         std=backbone.std,
         dtype=dtype,
-        compute=cast(DType, str(backbone.dtype).removeprefix("torch.")),
+        compute=cast(Compute, str(backbone.dtype).removeprefix("torch.")),
+        codec=codec,
     )
 
 
-def take_inventory(
-    source: ImageSource, pool: ThreadPoolExecutor, *, ahead: int, check: Callable[[], None]
-) -> list[SourceImage]:
-    """Read every image of a source once: content id and size. Pixels are not decoded.
-
-    Args:
-        source: the images.
-        pool: the threads that read.
-        ahead: how many images may be read before they are asked for.
-        check: called after each image; may raise to stop.
-
-    Raises:
-        DataError: a file cannot be read, or two different images have the same key.
-    """
-    records = list(source.records())
-    images: dict[str, SourceImage] = {}
-    with progress(f"read {source.name}", len(records), "images") as bar:
-        for image in work_ahead(pool, _identify, records, ahead=ahead):
-            earlier = images.setdefault(image.key, image)
-            if earlier.id != image.id:
-                raise DataError(
-                    f"two different images are named '{image.key}'",
-                    why=source.describe,
-                    fix="give them different names, or extract the tars as two data sets, each with its own --name",
-                )
-            check()
-            bar.advance()
-    return list(images.values())
-
-
-def _identify(record: ImageRecord) -> SourceImage:
-    data = read_bytes(record.key, record.load)
-    return SourceImage(key=record.key, id=image_id(data), source_wh=source_size(data), load=record.load)
-
-
-def read_bytes(key: str, load: Callable[[], bytes]) -> bytes:
-    """The bytes of an image file.
-
-    Raises:
-        DataError: the file cannot be read at all; a file that can be read but not decoded is another matter.
-    """
-    try:
-        return load()
-    except OSError as error:
-        raise DataError(f"cannot read the image '{key}'", why=str(error), fix="check the file and its disk") from error
-
-
 def plan_extraction(
-    images: Sequence[SourceImage], spec: CacheSpec, shape: TokenShape, writer: CacheWriter, *, free_bytes: int
+    images: Sequence[SourceImage],
+    spec: CacheSpec,
+    shape: TokenShape,
+    writer: CacheWriter,
+    *,
+    free_bytes: int | None,
+    force: bool = False,
 ) -> ExtractPlan:
     """Compare what there is with what the cache has.
 
@@ -143,7 +83,8 @@ def plan_extraction(
         images: the inventory; images of equal content are encoded once.
         spec, shape: of the cache that `writer` writes.
         writer: knows which ids are stored, and into which shards the others go.
-        free_bytes: room on the disk of the cache.
+        free_bytes: room at the place of the cache; None where there is no limit.
+        force: plan it also when it does not fit, and only warn.
 
     Raises:
         OutOfSpaceError: what is missing does not fit; nothing was written.
@@ -153,23 +94,35 @@ def plan_extraction(
         by_id.setdefault(image.id, image)
     shards = tuple(writer.plan(list(by_id)))
     new = sum(len(shard.ids) for shard in shards)
-    new_bytes = cache_size(new, shape, spec.dtype).total_bytes
-    if new_bytes > free_bytes:
-        raise OutOfSpaceError(
-            f"{new:,} images do not fit on the disk",
-            why=f"their tokens take {format_bytes(new_bytes)}, {format_bytes(free_bytes)} are free",
-            fix="free some space, choose another disk with --out, or a smaller --res",
-        )
+    new_bytes = cache_size(new, shape, spec.dtype, local=writer.place.is_local).total_bytes
+    if free_bytes is not None and new_bytes > free_bytes:
+        short = no_room(spec, shape, new, free_bytes, local=writer.place.is_local)
+        if not force:
+            raise short
+        warn(f"{short.what}: {short.why}; as much as fits is stored")
     return ExtractPlan(by_id=by_id, shards=shards, new=new, new_bytes=new_bytes)
 
 
-def check_table(root: Path, name: str, images: Sequence[SourceImage]) -> None:
+def no_room(spec: CacheSpec, shape: TokenShape, new: int, free_bytes: int, *, local: bool) -> OutOfSpaceError:
+    """The error for `new` images whose tokens do not fit, with the ways out and what they take."""
+    needed = cache_size(new, shape, spec.dtype, local=local).total_bytes
+    half = cache_size(new, shape, "int8", local=local).total_bytes
+    smaller = "" if spec.dtype == "int8" else f"--dtype int8 ({format_bytes(half)}), "
+    return OutOfSpaceError(
+        f"{new:,} images do not fit on the disk",
+        why=f"their tokens take {format_bytes(needed)}, {format_bytes(free_bytes)} are free",
+        fix=f"free some space, choose another disk with --out, or store less: {smaller}a smaller --res; or store "
+        f"nothing, `vlmx train --cache none --backbone {spec.backbone} --res {spec.resolution}`; or begin with --force",
+    )
+
+
+def check_table(root: Place, name: str, images: Sequence[SourceImage]) -> None:
     """See to it, before anything is encoded, that the image table can take these images.
 
     Raises:
         DataError: a key of the data set stood for another image before.
     """
-    if not table_path(root, name).is_file():
+    if not root.exists(table_key(name)):
         return
     table = ImageTable.open(root, name)
     undecodable = table.failed()

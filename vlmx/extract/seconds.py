@@ -71,10 +71,13 @@ class Seconds:
         """One line for the user: what the encoder did with its time, and how busy those beside it were."""
         total = max(self.total, 1e-9)
         lanes = f" on {self.lanes} threads" if self.lanes > 1 else ""
+        known = self.encode + self.wait_images + self.wait_writer
+        rest = max(0.0, self.total * self.lanes - known)  # putting tokens in place, starting and ending
         return (
             f"time {self.total:.1f} s, {images / total:,.1f} images/s; encoder{lanes} busy "
             f"{self._share(self.encode, self.lanes)}, waiting for images {self._share(self.wait_images, self.lanes)}, "
-            f"for the writer {self._share(self.wait_writer, self.lanes)}; beside it decoding "
+            f"for the writer {self._share(self.wait_writer, self.lanes)}, other steps {self._share(rest, self.lanes)}; "
+            f"beside it decoding "
             f"{self._share(self.decode, self.threads)} of {self.threads} thread{'s' if self.threads > 1 else ''}, "
             f"writing {self._share(self.write, 1)}"
         )

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmx.models.tokens import to_floats
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -25,6 +27,7 @@ class Batch:
     Attributes:
         input_ids_BT: text ids; any valid id at the places of visual tokens and of padding.
         visual_UND: tokens of the batch's different images, in the cache's dtype; U may be 0.
+        scale_D, offset_D: 8-bit caches only: what their codes stand for, see `to_floats`.
         image_rows: the rows that have an image, [R].
         image_of_row: which of the U images each of these rows has, [R].
         predictor_S: flat positions (row * T + position) whose next token is learned.
@@ -43,6 +46,8 @@ class Batch:
     weight_S: Tensor | None = None
     turn_BT: Tensor | None = None
     position_BT: Tensor | None = None
+    scale_D: Tensor | None = None
+    offset_D: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -143,7 +148,9 @@ class VLM(nn.Module):
         its gradients.
         """
         embeds_BTE: Tensor = self.llm.get_input_embeddings()(batch.input_ids_BT)
-        visual_UNE = self.connector(batch.visual_UND.to(_dtype_of(self.connector))).to(embeds_BTE.dtype)
+        dtype = _dtype_of(self.connector)
+        visual_UND = to_floats(batch.visual_UND, dtype, scale_D=batch.scale_D, offset_D=batch.offset_D)
+        visual_UNE = self.connector(visual_UND).to(embeds_BTE.dtype)
         end = self.visual_at + visual_UNE.shape[1]
         embeds_BTE[batch.image_rows, self.visual_at : end] = visual_UNE[batch.image_of_row]
         return embeds_BTE

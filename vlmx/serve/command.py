@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from vlmx.console import note, table
 from vlmx.errors import UsageError
-from vlmx.extract.command import complete_backbone
+from vlmx.extract.arguments import complete_backbone
 from vlmx.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -178,10 +178,10 @@ def benchmarks(as_json: bool) -> None:
 
 
 @list_.command()
-@click.option("--root", type=click.Path(path_type=Path), default=Path("caches"), show_default=True)
+@click.option("--root", metavar="FOLDER", default="caches", show_default=True, help="Folder or url of all caches.")
 @_JSON
-def caches(root: Path, as_json: bool) -> None:
-    """The caches below a folder."""
+def caches(root: str, as_json: bool) -> None:
+    """The caches below a folder or a url such as s3://bucket/caches."""
     from vlmx.cache_specs.catalog import list_caches
 
     _names(list_caches(root), as_json)
@@ -217,14 +217,16 @@ def _names(names: list[str], as_json: bool) -> None:
 
 
 @click.command()
-@click.option(
-    "--caches", type=click.Path(path_type=Path), default=Path("caches"), show_default=True, help="Folder of caches."
-)
-def doctor(caches: Path) -> None:
+@click.option("--caches", metavar="FOLDER", default="caches", show_default=True, help="Folder or url of all caches.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of findings on stdout instead.")
+def doctor(caches: str, as_json: bool) -> None:
     """Check libraries, devices, weights and disk of this machine. Exits 8 when something needed does not work."""
     from vlmx.serve.doctor import examine
 
     findings = examine(caches)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+        sys.exit(0 if all(f.ok for f in findings) else 8)
     table(["", "checked", "found"], [["ok" if f.ok else "FAIL", f.subject, f.detail] for f in findings])
     for finding in findings:
         if finding.fix:

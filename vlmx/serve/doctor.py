@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vlmx.cache_specs.places import Place, place_of
 from vlmx.console import format_bytes
 
 
@@ -29,14 +29,14 @@ class Finding:
     fix: str = ""
 
 
-def examine(caches: Path) -> list[Finding]:
+def examine(caches: str | Path | Place) -> list[Finding]:
     """Look at the libraries, the devices, the weights folder and the disk.
 
     Args:
-        caches: folder in which caches are kept; its free space is reported.
+        caches: folder or url in which caches are kept; its free space is reported.
     """
     findings = [_library(name, needed_for) for name, needed_for in _LIBRARIES]
-    findings += [_torch_device(), _scan(), _weights(), _disk(caches), _hub()]
+    findings += [_torch_device(), _scan(), _weights(), _disk(place_of(caches)), _hub()]
     return findings
 
 
@@ -115,11 +115,10 @@ def _weights() -> Finding:
     return Finding(subject="weights folder", ok=True, detail=f"{path}: {', '.join(present) or 'no known checkpoint'}")
 
 
-def _disk(caches: Path) -> Finding:
-    folder = caches.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return Finding(subject="disk", ok=True, detail=f"{format_bytes(shutil.disk_usage(folder).free)} free at {folder}")
+def _disk(caches: Place) -> Finding:
+    free = caches.free_bytes()
+    detail = f"no limit is known of {caches}" if free is None else f"{format_bytes(free)} free at {caches}"
+    return Finding(subject="disk", ok=True, detail=detail)
 
 
 def _hub() -> Finding:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from vlmx.console import note, table
+from vlmx.extract.arguments import check_engine, complete_backbone, complete_engine, parse_res
 from vlmx.extract.backbones import catalogue
-from vlmx.extract.command import check_engine, complete_backbone, complete_engine, parse_res
 from vlmx.extract.ops import engines
 
 if TYPE_CHECKING:

@@ -101,6 +101,7 @@ class Collator:
         visual_UND = torch.from_numpy(self.reader.read(unique))
         if self.reader.logical_dtype == "bfloat16":
             visual_UND = visual_UND.view(torch.bfloat16)
+        scales = self.reader.quantization
         labels_BT = _pad([row.labels for row in rows], IGNORED)
         learned_BT = labels_BT != IGNORED
         turns_BT = _pad([row.turns for row in rows], PADDING_TURN)
@@ -117,6 +118,8 @@ class Collator:
                 weight_S=None if weight_S is None else torch.from_numpy(weight_S),
                 turn_BT=torch.from_numpy(turns_BT) if self.isolated else None,
                 position_BT=torch.from_numpy(_pad([row.positions for row in rows], 0)) if self.isolated else None,
+                scale_D=None if scales is None else torch.from_numpy(scales.scale_D),
+                offset_D=None if scales is None else torch.from_numpy(scales.offset_D),
             ),
             supervised=len(predictor_S),
             weight=len(predictor_S) if weight_S is None else float(weight_S.sum(dtype=np.float64)),

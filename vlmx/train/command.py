@@ -27,6 +27,7 @@ Examples
   vlmx train --cache vit-mini-scenes optim.lr=5e-4 max_steps=200 --out runs/try
   vlmx train --out runs/try --resume
   vlmx train --cache vit-mini-scenes --cache vmamba-mini-scenes
+  vlmx train --cache none --backbone vit-mini-scenes
   torchrun --nproc-per-node 2 -m vlmx train --cache vmamba-mini-scenes
   torchrun --nproc-per-node 8 -m vlmx train --cache vmamba-s-coco@512 \\
       --config paper --llm models/vicuna-7b --data llava_v1_5_mix665k.json
@@ -77,9 +78,15 @@ def _list_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     multiple=True,
     metavar="NAME",
     shell_complete=complete_caches,
-    help="Cache: name, prefix of it, or path. Given twice, the tokens of both are joined on the channel axis.",
+    help="Cache: name, prefix of it, path or url. Given twice, the tokens of both are joined on the channel axis. "
+    "none: no cache, --backbone encodes on the fly.",
 )
-@click.option("--caches", metavar="FOLDER", default="caches", show_default=True, help="Folder of all caches.")
+@click.option("--caches", metavar="FOLDER", default="caches", show_default=True, help="Folder (or url) of all caches.")
+@click.option("--pull", metavar="FOLDER", help="Copy a remote cache to this folder, shard by shard, as it is used.")
+@click.option("--backbone", metavar="NAME", help="With --cache none: the encoder (vlmx list backbones).")
+@click.option("--res", metavar="RES", help="With --cache none: its input size, 512 or HEIGHTxWIDTH.")
+@click.option("--weights", metavar="FILE", help="With --cache none: its checkpoint, or random:SEED.")
+@click.option("--image-root", metavar="FOLDER", help="With --cache none: where the image paths of --data start.")
 @click.option("--connector", metavar="NAME", shell_complete=_complete_connector, help="linear, mlp2, mlp3.")
 @click.option(
     "--row",
@@ -103,6 +110,11 @@ def _list_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 def train(
     cache_names: tuple[str, ...],
     caches: str,
+    pull: str | None,
+    backbone: str | None,
+    res: str | None,
+    weights: str | None,
+    image_root: str | None,
     connector: str | None,
     row_name: str | None,
     llm: str | None,
@@ -114,19 +126,21 @@ def train(
 ) -> None:
     """Train a connector and an LLM on the visual tokens of a cache.
 
-    Reads the cache and the conversations, needs no image and no encoder, and leaves a run folder: metrics.jsonl,
-    checkpoints, and the trained model. Options and KEY=VALUE items override the configuration file. Starts several
-    processes under torchrun.
+    Reads the cache and the conversations, needs no image and no encoder (--cache none needs both), and leaves a run
+    folder: metrics.jsonl, checkpoints, and the trained model. Options and KEY=VALUE items override the configuration
+    file. Starts several processes under torchrun.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options = {"cache": "+".join(cache_names) or None, "connector": connector, "llm": llm, "data": data}
+    given = {"backbone": backbone, "res": res, "weights": weights, "image_root": image_root}
+    stream = {key: value for key, value in given.items() if value is not None}
     try:
         row = _row(row_name)
         if row is not None:
-            _fill_in(options, row, list(overrides), Path(caches))
-        folder, resolved = _resolve(options, config, list(overrides), out, resume)
+            _fill_in(options, row, list(overrides), caches)
+        folder, resolved = _resolve(options, stream, config, list(overrides), out, resume)
         if folder is None or not _is_finished(folder, resume):
-            folder = _run(resolved, row, Path(caches), folder, world_size, resume)
+            folder = _run(resolved, row, caches, folder, world_size, resume, pull)
     except VlmxError as error:
         if world_size == 1:
             raise
@@ -150,7 +164,7 @@ def _row(name: str | None) -> Preset | None:
     return None if name is None else preset(name)
 
 
-def _fill_in(options: dict[str, str | None], row: Preset, overrides: Sequence[str], caches: Path) -> None:
+def _fill_in(options: dict[str, str | None], row: Preset, overrides: Sequence[str], caches: str) -> None:
     """Set the options that follow from the row and are not given."""
     from vlmx.train.rows import cache_of
 
@@ -162,13 +176,18 @@ def _fill_in(options: dict[str, str | None], row: Preset, overrides: Sequence[st
 
 
 def _resolve(
-    options: dict[str, str | None], config: str | None, overrides: list[str], out: str | None, resume: bool
+    options: dict[str, str | None],
+    stream: dict[str, str],
+    config: str | None,
+    overrides: list[str],
+    out: str | None,
+    resume: bool,
 ) -> tuple[Path | None, TrainConfig]:
     """The run folder, None if it follows from the cache's full name, and the configuration."""
     from vlmx.config import load_config
     from vlmx.train.settings import TrainConfig, preset_path
 
-    if resume and not any(options.values()) and config is None and not overrides:
+    if resume and not any(options.values()) and not stream and config is None and not overrides:
         if out is None:
             raise ConfigError(
                 "--resume needs to know what to go on with", fix="give --out RUN, or the whole command again"
@@ -179,9 +198,12 @@ def _resolve(
     if config is None and options["cache"] is None and not any(item.startswith("cache=") for item in overrides):
         raise UsageError(
             "--cache is missing",
-            fix="name a cache that `vlmx extract` made (vlmx list caches), or a row of the paper (vlmx list rows)",
+            fix="name a cache that `vlmx extract` made (vlmx list caches), or a row of the paper (vlmx list rows); "
+            "or encode on the fly with --cache none --backbone NAME",
         )
     resolved = load_config(TrainConfig, preset_path(preset), overrides, **options)
+    if stream:
+        resolved = resolved.model_copy(update={"stream": resolved.stream.model_copy(update=stream)})
     return Path(out) if out else None, resolved
 
 
@@ -206,14 +228,20 @@ def _is_finished(folder: Path, resume: bool) -> bool:
 
 
 def _run(
-    config: TrainConfig, row: Preset | None, caches: Path, folder: Path | None, world_size: int, resume: bool
+    config: TrainConfig,
+    row: Preset | None,
+    caches: str,
+    folder: Path | None,
+    world_size: int,
+    resume: bool,
+    pull: str | None,
 ) -> Path:
     from vlmx.train.loop import train as train_run
     from vlmx.train.parallel import join, leave
     from vlmx.train.plan import make_plan
     from vlmx.train.rows import require_row
 
-    plan = make_plan(config, caches=caches, world_size=world_size)
+    plan = make_plan(config, caches=caches, world_size=world_size, pull=pull)
     if row is not None:
         require_row(plan, row)
     if folder is None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmx.cache_specs.ids import ImageTable, table_path
+from vlmx.cache_specs.fused import FusedSpec
+from vlmx.cache_specs.ids import ImageTable, table_key
+from vlmx.cache_specs.places import Place, place_of
 from vlmx.cache_specs.reader import open_cache
+from vlmx.cache_specs.streams import NO_CACHE, open_stream
 from vlmx.cache_specs.token_source import DEFAULT_ROOT, TokenSource, extract_commands
-from vlmx.data.mixtures import load_mixture
+from vlmx.data.mixtures import Mixture, load_mixture
 from vlmx.data.records import Conversation
 from vlmx.errors import CacheError, DataError, UsageError
 from vlmx.models.connectors import CONNECTORS
@@ -23,8 +26,8 @@ class TrainPlan:
     """A training whose names all exist and whose images are all there.
 
     Attributes:
-        config: as given, with the cache's full name (or names), or its path if it is not in the default root.
-        reader: the cache, or several joined ones.
+        config: as given, with the cache's full name (or names), or its path or url if it is not in the default root.
+        reader: the cache, several joined ones, or an encoder that works on the fly.
         conversations: what is trained on, in the data's order.
         image_ids: content id of each conversation's image, by the data's own key.
         steps_per_epoch: optimiser steps a pass over the data takes.
@@ -43,20 +46,30 @@ class TrainPlan:
     notes: tuple[str, ...]
 
 
-def make_plan(config: TrainConfig, *, caches: Path, world_size: int) -> TrainPlan:
+def make_plan(
+    config: TrainConfig, *, caches: str | Path | Place, world_size: int, pull: str | None = None
+) -> TrainPlan:
     """Check a configuration against what is on disk.
 
+    Args:
+        config: of the training.
+        caches: folder of all caches, and of the image tables.
+        world_size: processes that train together.
+        pull: folder for copies of a remote cache's shards; see `open_cache`.
+
     Raises:
-        UnknownNameError: no such cache, connector or data.
-        UsageError: the batch cannot be divided among the processes.
+        UnknownNameError: no such cache, connector, data or backbone.
+        UsageError: the batch cannot be divided among the processes, or it is not clear where tokens come from.
         CacheError: the cache lacks images of the data.
-        DataError: the data breaks its schema, or its images were never extracted.
+        DataError: the data breaks its schema, its images were never extracted, or cannot be found.
+        BackendError, WeightsError: the encoder cannot work on the fly here.
     """
     CONNECTORS.get(config.connector)
     micro_batch = divided_batch(config, world_size)
-    reader = open_cache(config.cache, caches)
-    name = "+".join(p.path.name if p.path.parent == DEFAULT_ROOT else str(p.path) for p in reader.parts)
-    mixture = load_mixture(config.data)
+    mixture, reader = _tokens(config, place_of(caches), pull)
+    home = place_of(DEFAULT_ROOT)
+    places = [part.place for part in reader.parts]
+    name = "+".join(place.name if place.parent == home else place.url for place in places) or NO_CACHE
     conversations, image_ids, dropped = _with_images(mixture.conversations, config, reader, mixture.name)
     if not conversations:
         raise DataError("there is nothing to train on", why="; ".join(dropped), fix="extract the data's images again")
@@ -73,9 +86,29 @@ def make_plan(config: TrainConfig, *, caches: Path, world_size: int) -> TrainPla
     )
 
 
+def _tokens(config: TrainConfig, caches: Place, pull: str | None) -> tuple[Mixture, TokenSource]:
+    """The conversations, and where their tokens come from."""
+    if config.cache == NO_CACHE:
+        if pull is not None:
+            raise UsageError("--pull copies a cache, and --cache none uses none", fix="leave --pull out")
+        mixture = load_mixture(config.data)
+        images = {config.images or mixture.name: config.stream.images or config.data}
+        return mixture, open_stream(config.stream, images, caches)
+    if config.stream.backbone is not None:
+        raise UsageError(
+            "it is not clear where the tokens come from",
+            why=f"cache is {config.cache}, and {config.stream.backbone} shall encode on the fly",
+            fix="leave --backbone out, or give --cache none",
+        )
+    reader = open_cache(config.cache, caches, pull=pull)
+    return load_mixture(config.data), reader
+
+
 def _untrained(reader: TokenSource) -> tuple[str, ...]:
-    specs = [part.spec for part in reader.parts if part.spec.random_weights]
-    return tuple(f"the encoder {spec.backbone} is untrained ({spec.weights_sha256})" for spec in specs)
+    specs = reader.spec.parts if isinstance(reader.spec, FusedSpec) else (reader.spec,)
+    return tuple(
+        f"the encoder {spec.backbone} is untrained ({spec.weights_sha256})" for spec in specs if spec.random_weights
+    )
 
 
 def divided_batch(config: TrainConfig, world_size: int) -> int:
@@ -107,8 +140,10 @@ def _with_images(
     if not keys:
         return conversations, {}, ()
     root, name = reader.root, config.images or data_name
-    commands = extract_commands(reader.parts, config.data)
-    if not table_path(root, name).is_file():
+    commands = (
+        extract_commands(reader.parts, config.data) if reader.parts else "say with stream.images=DATA where they are"
+    )
+    if not root.exists(table_key(name)):
         raise DataError(
             f"the images of '{config.data}' were never extracted",
             why=f"{root} has no image table '{name}'",
@@ -118,9 +153,10 @@ def _with_images(
     unknown = [key for key in keys if key not in table]
     if unknown:
         raise CacheError(
-            f"{len(unknown)} of {len(keys)} images of '{config.data}' were never extracted",
+            f"{len(unknown)} of {len(keys)} images of '{config.data}' "
+            + ("were never extracted" if reader.parts else "are not among those to encode"),
             why=f"the first are {', '.join(unknown[:SHOWN])}",
-            fix=f"{commands} adds them, and encodes nothing twice",
+            fix=f"{commands} adds them, and encodes nothing twice" if reader.parts else commands,
         )
     broken = table.failed()
     image_ids = {key: table.id_of(key) for key in keys if key not in broken}

@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmx.cache_specs.catalog import list_caches
+from vlmx.cache_specs.places import Place, place_of
 from vlmx.cache_specs.presets import Preset
 from vlmx.cache_specs.token_source import DEFAULT_ROOT
 from vlmx.errors import CacheError, UsageError
 from vlmx.train.plan import TrainPlan
 
 
-def cache_of(row: Preset, root: Path, data: str) -> str:
+def cache_of(row: Preset, root: str | Path | Place, data: str) -> str:
     """Name of the row's cache below `root`, or of its caches with + between them.
 
     Args:
         row: the row.
-        root: folder of all caches.
+        root: folder (or url) of all caches.
         data: what is trained on, as `vlmx extract --data` takes it; named in the error.
 
     Raises:
@@ -26,7 +27,7 @@ def cache_of(row: Preset, root: Path, data: str) -> str:
     found = {b: [name for name in names if name.startswith(f"{b}@{row.resolution}-")] for b in row.backbones}
     missing = [backbone for backbone, caches in found.items() if not caches]
     if missing:
-        out = "" if root == DEFAULT_ROOT else f" --out {root}"
+        out = "" if place_of(root) == place_of(DEFAULT_ROOT) else f" --out {root}"
         raise CacheError(
             f"the row {row.name} has no cache below {root} yet",
             why=f"there is none of {' and '.join(f'{backbone}@{row.resolution}' for backbone in missing)}",

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from vlmx.cache_specs.streams import StreamConfig
 from vlmx.config import Config
 from vlmx.errors import ConfigError
 from vlmx.registry import unknown_name
@@ -45,12 +46,14 @@ class TrainConfig(Config):
     """One training run of a connector and an LLM on one cache."""
 
     cache: str = Field(
-        description="cache with the visual tokens: name, unambiguous prefix, or path; A+B joins two on the channels"
+        description="cache with the visual tokens: name, unambiguous prefix, or path; A+B joins two on the channels;"
+        " none: encode on the fly, with the encoder of the group stream"
     )
     data: str = Field(default="mini", description="conversations: mini, or a LLaVA-style .json or .jsonl file")
     images: str | None = Field(
         default=None, description="image table of the data; null: named like the data (extract --name)"
     )
+    stream: StreamConfig = Field(default_factory=StreamConfig)
     connector: str = Field(default="mlp2", description="linear, mlp2, mlp3, or a plug-in's name")
     llm: str = Field(default="mini", description="mini, a Hugging Face folder, or a hub id")
     prompt: str = Field(default="auto", description="vicuna-v1.5, plain, chat, or auto")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmx.cache_specs.catalog import stem
+from vlmx.cache_specs.places import Place
 from vlmx.console import note
 from vlmx.errors import RunError, UnknownNameError
 from vlmx.evaluate.aggregate import Averages, averages_by_questions
@@ -92,12 +93,12 @@ class Report:
     partial: bool
 
 
-def collect(runs: Sequence[RunFolder], *, caches: Path) -> Report:
+def collect(runs: Sequence[RunFolder], *, caches: str | Path | Place) -> Report:
     """Read runs and compare them.
 
     Args:
         runs: evaluated runs; scores are computed from their answers, so that no stale scores.json is shown.
-        caches: folder of caches, for specs and probe results; what is not there is left out and noted.
+        caches: folder or url of all caches, for specs and probe results; what is not there is left out and noted.
 
     Raises:
         RunError: a run has no answers, or two runs have the same name.
@@ -139,7 +140,7 @@ def collect(runs: Sequence[RunFolder], *, caches: Path) -> Report:
     )
 
 
-def _read_run(run: RunFolder, caches: Path) -> RunData:
+def _read_run(run: RunFolder, caches: str | Path | Place) -> RunData:
     names = answered_benchmarks(run, "none")
     if not names:
         raise RunError(f"run '{run.name}' has no answers", fix=f"give `vlmx eval --run {run.path}` first")
@@ -197,7 +198,7 @@ def _pooled(scores: Mapping[str, Score], grades: Mapping[str, Sequence[Grade]]) 
     return result
 
 
-def _spec(cache: str, caches: Path) -> dict[str, Any]:
+def _spec(cache: str, caches: str | Path | Place) -> dict[str, Any]:
     from vlmx.cache_specs.reader import open_cache
 
     try:

@@ -10,8 +10,8 @@ import click
 
 from vlmx.console import format_bytes, note, warn
 from vlmx.errors import WeightsError
+from vlmx.extract.arguments import complete_backbone
 from vlmx.extract.backbones import catalogue
-from vlmx.extract.command import complete_backbone
 
 if TYPE_CHECKING:
     from vlmx.extract.weights.check import Report

@@ -30,21 +30,12 @@ def find(row: BackboneRow, path: str | Path | None = None) -> Path:
             was not downloaded.
         OutOfSpaceError: the download does not fit on the disk; what has arrived is kept.
     """
-    if path is not None:
-        given = Path(path).expanduser()
-        if not given.exists():
-            raise WeightsError(f"no weights file {given}", fix="check the path")
-        return given
-    folder = named_folder()
-    if folder and (found := _in_folder(row, folder)):
-        return found
-    if row.packaged and (packaged := Path(str(files("vlmx"))) / row.packaged).is_file():
-        return packaged
-    if found := _in_folder(row, cache_folder()) or in_hub_cache(row.url):
+    if found := find_here(row, path):
         return found
 
     from vlmx.extract.weights.download import download, why_not
 
+    folder = named_folder()
     reason = why_not(row.url)
     if not reason:
         try:
@@ -60,6 +51,25 @@ def find(row: BackboneRow, path: str | Path | None = None) -> Path:
         fix=(f"download {row.url}, save it as '{row.file}' in {place}" if row.url else f"put '{row.file}' in {place}")
         + ", or give the path of the file with --weights",
     )
+
+
+def find_here(row: BackboneRow, path: str | Path | None = None) -> Path | None:
+    """As `find`, but nothing is downloaded: None when the checkpoint is not on this machine.
+
+    Raises:
+        WeightsError: `path` is given and does not exist.
+    """
+    if path is not None:
+        given = Path(path).expanduser()
+        if not given.exists():
+            raise WeightsError(f"no weights file {given}", fix="check the path")
+        return given
+    folder = named_folder()
+    if folder and (found := _in_folder(row, folder)):
+        return found
+    if row.packaged and (packaged := Path(str(files("vlmx"))) / row.packaged).is_file():
+        return packaged
+    return _in_folder(row, cache_folder()) or in_hub_cache(row.url)
 
 
 def named_folder() -> Path | None:

@@ -1,16 +1,16 @@
 """Does every kind of --data give its images, in one order, and say what it left out or cannot do?"""
 
-import io
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from vlmx import cli
 from vlmx.errors import DataError, UsageError
-from vlmx.extract.images import ImageSource, open_source
+from vlmx.extract.sources import ImageSource, open_source, open_sources
+from vlmx.extract.sources.patterns import split_data
 
 
 def write_photo(path: Path, level: int) -> bytes:
@@ -97,45 +97,6 @@ def test_broken_json_is_one_error(tmp_path: Path, name: str, text: str, words: s
         open_source(str(tmp_path / name))
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def test_webdataset_tars_by_braces_glob_and_path(tmp_path: Path) -> None:
-    photos = [write_photo(tmp_path / f"{i}.png", i) for i in range(4)]
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    write_tar(folder / "00.tar", {"s/000.png": photos[0], "s/000.json": b"{}", "s/001.left.png": photos[1]})
-    write_tar(folder / "01.tar", {"s/002.png": photos[2], "s/003.cls": b"7"})
-    expected = {"s/000.png": photos[0], "s/001.left.png": photos[1], "s/002.png": photos[2]}
-    for data in (f"{folder}/{{00..01}}.tar", f"{folder}/*.tar"):
-        source = open_source(data)
-        assert list(contents(source).items()) == list(expected.items())
-        assert source.name == "shards"
-        assert "3 images; left out: 2 other files (.json 1, .cls 1)" in source.describe
-    assert open_source(f"{folder}/01.tar").name == "01"
-
-
-def test_tars_that_are_missing_or_damaged(tmp_path: Path) -> None:
-    photo = write_photo(tmp_path / "p.png", 1)
-    write_tar(tmp_path / "0.tar", {"p.png": photo * 100})
-    with pytest.raises(DataError, match=r"2 of 3 tar files are missing"):
-        open_source(f"{tmp_path}/{{0..2}}.tar")
-    with pytest.raises(DataError, match="no file matches"):
-        open_source(f"{tmp_path}/x*.tar")
-    whole = (tmp_path / "0.tar").read_bytes()
-    (tmp_path / "0.tar").write_bytes(whole[: 512 + len(photo)])
-    with pytest.raises(DataError, match="cannot read the tar"):
-        open_source(f"{tmp_path}/0.tar")
-    (tmp_path / "0.tar").write_bytes(b"<html>" * 200)
-    with pytest.raises(DataError, match="cannot read the tar"):
-        open_source(f"{tmp_path}/0.tar")
-
-
 def test_mini_study() -> None:
     source = open_source("mini")
     keys = [record.key for record in source.records()]
@@ -152,8 +113,94 @@ def test_what_cannot_be_data(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="neither a folder"):
         open_source(str(tmp_path / "notes.txt"))
+    with pytest.raises(DataError, match=r"did you mean.*refcoco"):
+        open_source("refcocco")
+    with pytest.raises(DataError, match=r"only \.tar files"):
+        open_source("https://example.org/photos.zip")
     write_photo(tmp_path / "p.png", 1)
     with pytest.raises(UsageError, match="--image-root belongs to a JSON"):
         open_source(str(tmp_path), tmp_path)
     with pytest.raises(UsageError, match="cannot name a data set"):
         open_source(str(tmp_path), name="../up")
+    with pytest.raises(UsageError, match="cannot name a data set"):
+        open_source(str(tmp_path), name="photos.stamps")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("mini", ["mini"]),
+        ("vqav2, refcoco+", ["vqav2", "refcoco+"]),
+        ("s/{00,01}.tar,mini", ["s/{00,01}.tar", "mini"]),
+        ("a,,b", ["a", "", "b"]),
+    ],
+)
+def test_commas_part_sources_but_not_braces(text: str, parts: list[str]) -> None:
+    assert split_data(text) == parts
+
+
+def test_a_path_with_a_comma_is_one_source(tmp_path: Path) -> None:
+    write_photo(tmp_path / "cats, dogs" / "p.png", 1)
+    (source,) = open_sources([str(tmp_path / "cats, dogs")])
+    assert (source.name, len(source.images)) == ("cats-dogs", 1)
+
+
+def test_several_sources_each_with_its_own_table_and_limit(tmp_path: Path) -> None:
+    for name, count in (("a", 3), ("b", 1), ("c", 4)):
+        for index in range(count):
+            write_photo(tmp_path / name / f"{index}.png", index)
+    sources = open_sources([f"{tmp_path}/a,{tmp_path}/b", f"{tmp_path}/c"], limit=2)
+    assert [(source.name, len(source.images)) for source in sources] == [("a", 2), ("b", 1), ("c", 2)]
+    assert "4 images; only the first 2" in sources[2].describe
+    with pytest.raises(UsageError, match="--name cannot be the name of 2 data sets"):
+        open_sources([f"{tmp_path}/a,{tmp_path}/b"], name="x")
+    with pytest.raises(UsageError, match="would be called 'a'"):
+        open_sources([f"{tmp_path}/a", f"{tmp_path}/a/"])
+    with pytest.raises(UsageError, match="empty part"):
+        open_sources([f"{tmp_path}/a,"])
+
+
+def test_options_that_fit_none_of_the_data_are_refused(tmp_path: Path) -> None:
+    write_photo(tmp_path / "a" / "0.png", 1)
+    (tmp_path / "mix.json").write_text('[{"id": 1, "image": "a/0.png"}]')
+    both = open_sources([f"{tmp_path}/a,{tmp_path}/mix.json"], tmp_path)
+    assert [source.name for source in both] == ["a", "mix"]
+    with pytest.raises(UsageError, match="--data-root belongs to published data sets"):
+        open_sources([f"{tmp_path}/a"], data_root=tmp_path)
+    with pytest.raises(UsageError, match="--image-column belongs to parquet files"):
+        open_sources([f"{tmp_path}/a"], image_column="x")
+
+
+def test_a_stamp_changes_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_photo(tmp_path / "a" / "0.png", 1)
+    (record,) = open_source(str(tmp_path / "a")).images
+    assert record.stamp() is None  # made within the last two seconds: it may change within one tick of the clock
+    monkeypatch.setattr("vlmx.extract.sources.source.SETTLED_NS", 0)
+    first = record.stamp()
+    assert first is not None
+    assert record.stamp() == first
+    state = (tmp_path / "a" / "0.png").stat()
+    data = record.load()
+    (tmp_path / "a" / "0.png").write_bytes(data[:-1] + b"x")
+    os.utime(tmp_path / "a" / "0.png", ns=(state.st_atime_ns, state.st_mtime_ns))  # same size, same time: by its ctime
+    assert record.stamp() not in (None, first)
+
+
+def test_the_command_says_what_each_source_adds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, levels in (("a", (1, 2)), ("b", (2, 3, 3))):
+        for number, level in enumerate(levels):
+            write_photo(tmp_path / name / f"{number}.png", level)
+    command = ["extract", "--backbone", "vit-mini-scenes", "--threads", "1", "--out", str(tmp_path / "caches")]
+    cli.main([*command, "--data", f"{tmp_path}/a,{tmp_path}/b"])
+    said = capsys.readouterr().err
+    assert "a: 2 images, 0 already there, 2 new\n" in said
+    assert "b: 3 images (2 different), 0 already there, 1 in a data set before it, 1 new\n" in said
+    cli.main([*command, "--data", f"{tmp_path}/b", "--data", f"{tmp_path}/a"])
+    said = capsys.readouterr().err
+    assert "b: 3 images (2 different), 2 already there, 0 new\na: 2 images, 2 already there, 0 new\n" in said
+
+
+def test_what_is_no_file_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(OSError, match="is not a regular file"):
+        open_source(str(tmp_path)).images[0].load()
