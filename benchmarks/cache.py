@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cache_remote import remote
+from cache_writes import writes
 from numpy.typing import NDArray
 
 from vlmx.cache_specs.buffers import aligned_empty
@@ -369,12 +371,15 @@ SECTIONS: dict[str, Callable[[Store], Figures]] = {
     "verification": verification,
     "cold": cold,
     "loader": loader,
+    "writes": lambda store: writes(store.raw.parent, store.tokens),
 }
+WITHOUT_STORE: dict[str, Callable[[Path], Figures]] = {"memory": memory, "remote": lambda folder: remote()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, "memory"], default=[*SECTIONS, "memory"])
+    names = [*SECTIONS, *WITHOUT_STORE]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--tokens", nargs="+", type=int, choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--folder", type=Path, help="where to put the files (default: a new temporary folder)")
     parser.add_argument("--json", type=Path, help="write the ratios to this file")
@@ -388,8 +393,9 @@ def main() -> None:
             store = make_store(folder, tokens)
             for name in sections:
                 figures |= SECTIONS[name](store)
-        if "memory" in arguments.only:
-            figures |= memory(folder)
+        for name in arguments.only:
+            if name in WITHOUT_STORE:
+                figures |= WITHOUT_STORE[name](folder)
     finally:
         shutil.rmtree(folder)
     print(f"\nload at the end {os.getloadavg()[0]:.1f}")

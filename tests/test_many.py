@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -190,7 +191,7 @@ def test_a_killed_process_is_started_again_and_the_store_is_that_of_one(study: S
     assert "process 1 of 2 was killed by SIGKILL; started again (1 of 3)" in err
     assert study.same(root)
     assert err.count("has random weights") == 2  # at the beginning and at the end, by one process
-    assert f"encode vit-mini-scenes  {PHOTOS}/{PHOTOS} images" in err
+    assert re.search(r"encode vit-mini-scenes  (\d+)/\1 images", err)  # of those missing when the first process came
     assert err.count("encode vit-mini-scenes  ") < PHOTOS // 4  # one bar
     assert {str(run["part"]) for run in runs(root, study.spec)} == {"0/2", "1/2"}
 

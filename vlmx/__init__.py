@@ -19,6 +19,8 @@ _PUBLIC = {
     "FamilyNet": "vlmx.extract.backbones.base",
     "BackboneRow": "vlmx.extract.backbones.row",
     "open_cache": "vlmx.cache_specs.reader",
+    "open_zarr": "vlmx.cache_specs.foreign",
+    "TokenLoader": "vlmx.cache_specs.loader",
     "CacheSpec": "vlmx.cache_specs.spec",
     "build_connector": "vlmx.models.connectors",
     "weighted_averages": "vlmx.evaluate.aggregate",

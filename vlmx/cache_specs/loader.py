@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from vlmx.cache_specs.buffers import aligned_empty, pinned_empty
 from vlmx.cache_specs.token_source import TokenSource
+from vlmx.errors import CacheError
 
 
 class TokenLoader:
@@ -60,6 +62,7 @@ class TokenLoader:
         self._free: list[NDArray[Any]] = []
         self._lent: NDArray[Any] | None = None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="token-loader")
+        self._announcer = ThreadPoolExecutor(1, thread_name_prefix="token-loader-announcer")
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         return self
@@ -70,6 +73,7 @@ class TokenLoader:
             self._lent = None
         while len(self._waiting) <= self._ahead and (ids := next(self._batches, None)) is not None:
             room_BND = self._room(len(ids))
+            self._announcer.submit(self._announce, list(ids))
             reading = self._pool.submit(self._source.read, list(ids), out=room_BND[: len(ids)])
             self._waiting.append((reading, room_BND))
         if not self._waiting:
@@ -90,8 +94,14 @@ class TokenLoader:
         """Stop reading and end the threads; what was read ahead is lost. Afterwards there are no more batches."""
         self._batches = iter(())
         self._waiting.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._announcer, self._pool):
+            pool.shutdown(wait=True, cancel_futures=True)
         self._free.clear()
+
+    def _announce(self, ids: Sequence[str]) -> None:
+        """Let the disk begin with a batch while those before it are read."""
+        with suppress(CacheError):  # is raised again where the batch is read
+            self._source.announce(ids)
 
     def _room(self, images: int) -> NDArray[Any]:
         """A free buffer for so many images, or more."""

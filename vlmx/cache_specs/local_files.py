@@ -103,7 +103,7 @@ class LocalTokenFiles(TokenFiles):
                 arrived(position)
 
     def announce(self, spans: Sequence[Span]) -> None:
-        for span in spans:
+        for span in spans if self._doubt else ():  # else everything has long been in memory
             with suppress(TokenFileError):
                 self._file(span.key).announce(span.offset, span.length)
 
