@@ -246,7 +246,11 @@ def test_gc_of_caches_without_any_shard_and_of_tables(root: Path) -> None:
     assert found == {str(empty), str(never), *tables}
     assert run(root, "gc", "--older-than", "0", "--delete").exit_code == 0
     assert sorted(path.name for path in root.iterdir()) == sorted(["datasets", NAME])
-    assert sorted(path.name for path in (root / "datasets").iterdir()) == ["used.jsonl", "used.stamps.jsonl"]
+    assert sorted(path.name for path in (root / "datasets").iterdir()) == [
+        "used.jsonl",
+        "used.stamps.jsonl",
+        "writer.lock",
+    ]
 
 
 def test_gc_judges_no_table_while_a_cache_cannot_be_read(root: Path) -> None:

@@ -427,3 +427,25 @@ def test_a_repaired_file_takes_the_place_of_the_broken_one(tmp_path: Path, capsy
     table = ImageTable.open(tmp_path / "caches", "photos")
     assert table.failed() == {}
     assert table.source_wh("bad.png") == (90, 60)
+
+
+def test_scales_from_few_images_and_images_that_they_do_not_fit_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "black.png")
+    for number in range(4):
+        draw_photo(tmp_path / "photos" / f"{number}.png", number)
+    common = ["extract", *VIT, "--dtype", "int8", "--out", str(tmp_path / "caches"), "--threads", "1"]
+    cli.main([*common, "--data", str(tmp_path), "--name", "black", "--limit", "1"])
+    assert "8-bit scales from 1 images fit these" in capsys.readouterr().err
+    cli.main([*common, "--data", str(tmp_path / "photos")])
+    assert "the 8-bit scales of this cache do not fit the images that were added" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_no_bug_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_photo(tmp_path / "photos" / "0.png", 0)
+    (tmp_path / "file").write_text("no folder")
+    assert vlmx("extract", *VIT, "--data", tmp_path / "photos", "--out", tmp_path / "file") == 1
+    said = capsys.readouterr().err
+    assert "Not a directory" in said
+    assert "bug" not in said

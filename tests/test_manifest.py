@@ -13,6 +13,7 @@ from vlmx.cache_specs.manifest import (
     SEAL,
     Header,
     ShardRecord,
+    _with_crc,
     header_line,
     is_sealed,
     read_manifest,
@@ -38,6 +39,8 @@ HEADER = Header(
 )
 FIRST = ShardRecord(index=0, ids=("a" * 64, "b" * 64), failed={}, bytes=100, digest="1" * 64)
 SECOND = ShardRecord(index=1, ids=("c" * 64, "d" * 64), failed={"c" * 64: "truncated"}, bytes=90, sha256="2" * 64)
+FORMAT_1 = header_line(HEADER).replace(b'"format":2', b'"format":1')  # as an earlier version wrote it
+FORMAT_1 = _with_crc(FORMAT_1[: FORMAT_1.rindex(b',"crc32c"')] + b"}")
 LINES = [header_line(HEADER), shard_line(FIRST), shard_line(SECOND)]
 
 
@@ -64,7 +67,7 @@ def test_the_lines_are_json_without_times() -> None:
 
 @pytest.mark.parametrize("lost", [1, 2, 30, len(LINES[2]) - 1])
 def test_a_torn_last_line_is_dropped(tmp_path: Path, lost: int) -> None:
-    manifest = read_manifest(write(tmp_path, b"".join(LINES)[:-lost]))
+    manifest = read_manifest(write(tmp_path, b"".join([FORMAT_1, *LINES[1:]])[:-lost]))
     assert manifest.shards == {0: FIRST}
     assert manifest.to_bytes() == LINES[0] + LINES[1]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,14 @@ from cache_samples import (
     write,
 )
 
-from vlmx.cache_specs.ids import image_id
-from vlmx.cache_specs.manifest import COMMITS, MANIFEST, is_sealed, read_manifest
+from vlmx.cache_specs.ids import ImageEntry, ImageTable, image_id
+from vlmx.cache_specs.manifest import COMMITS, MANIFEST, _with_crc, is_sealed, read_manifest, shard_line
 from vlmx.cache_specs.quantize import Quantization, calibrate
+from vlmx.cache_specs.reader import open_cache
+from vlmx.cache_specs.rubbish import find_rubbish
 from vlmx.cache_specs.spec import Codec, DType
 from vlmx.cache_specs.writer import CacheWriter, Part, forget_shards, replace_shards
-from vlmx.errors import CacheError
+from vlmx.errors import CacheCorruptError, CacheError
 
 MANY = [image_id(b"many %d" % number) for number in range(30)]  # seven full shards and one of two images
 
@@ -171,7 +175,9 @@ def test_a_manifest_of_an_earlier_version_that_was_cut_off_is_read_and_mended(tm
     cache = write(tmp_path)
     whole = content(cache)
     lines = (cache / MANIFEST).read_bytes().splitlines(keepends=True)
-    (cache / MANIFEST).write_bytes(b"".join(lines[:-1]) + lines[-1][:30])
+    old = lines[0].replace(b'"format":2', b'"format":1')
+    old = _with_crc(old[: old.rindex(b',"crc32c"')] + b"}")
+    (cache / MANIFEST).write_bytes(b"".join([old, *lines[1:-1]]) + lines[-1][:30])
     (cache / "SEALED.json").unlink()
     assert list(read_manifest(cache).shards) == [0, 1]
     write(tmp_path)
@@ -257,3 +263,81 @@ def test_zarr_python_writes_the_same_shards_of_every_profile(tmp_path: Path, dty
     if dtype == "int8":
         np.testing.assert_array_equal(group["scale"][:], SCALES.scale_D)
         np.testing.assert_array_equal(group["offset"][:], SCALES.offset_D)
+
+
+def test_a_damaged_record_costs_its_own_shard_only(tmp_path: Path) -> None:
+    cache = write(tmp_path, MANY, seal=False, stop_after=3)
+    for content_of_it in (b"", b"{}", (cache / COMMITS / "1.json").read_bytes()[:-9]):
+        (cache / COMMITS / "1.json").write_bytes(content_of_it)
+        manifest = read_manifest(cache)
+        assert (list(manifest.shards), manifest.damaged) == ([0, 2], ("1.json",))
+    assert find_rubbish(tmp_path, older_than_s=0).rubbish[0].kind != "shard"
+    assert content(write(tmp_path, MANY)) == content(write(tmp_path / "clean", MANY))
+
+
+def test_a_manifest_that_is_newer_than_a_record_wins(tmp_path: Path) -> None:
+    cache = write(tmp_path, MANY)
+    whole = content(cache)
+    old = json.dumps({"index": 1}).encode()
+    (cache / COMMITS).mkdir()
+    record = replace(read_manifest(cache).shards[1], digest="0" * 64)
+    (cache / COMMITS / "1.json").write_bytes(shard_line(record))
+    (cache / COMMITS / "2.json").write_bytes(old)
+    assert read_manifest(cache).shards[1].digest != "0" * 64
+    assert open_cache(cache, allow_partial=True).sealed
+    write(tmp_path, MANY)
+    assert content(cache) == whole
+
+
+def test_a_damaged_last_line_of_the_manifest_is_damage(tmp_path: Path) -> None:
+    cache = write(tmp_path, MANY)
+    (cache / "SEALED.json").unlink()
+    lines = (cache / MANIFEST).read_bytes().splitlines(keepends=True)
+    (cache / MANIFEST).write_bytes(b"".join(lines[:-1]) + lines[-1].replace(b"shard", b"shord"))
+    with pytest.raises(CacheCorruptError, match="line 9 does not match its checksum"):
+        read_manifest(cache)
+
+
+def test_reading_beside_a_writer_that_seals_is_never_called_damage(tmp_path: Path) -> None:
+    cache = write(tmp_path, MANY[:4])
+    stop = threading.Event()
+    wrong: list[str] = []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                open_cache(cache, allow_partial=True)
+            except CacheCorruptError as error:
+                wrong.append(str(error))
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for count in range(5, len(MANY)):
+        write(tmp_path, MANY[:count])
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert wrong == []
+
+
+def test_tables_that_two_processes_add_to_lose_nothing(tmp_path: Path) -> None:
+    def add(first: int) -> None:
+        for number in range(first, first + 40):
+            ImageTable.merge(tmp_path, "photos", [ImageEntry(key=f"{number}", id=f"{number:064x}", width=1, height=1)])
+
+    threads = [threading.Thread(target=add, args=(first,)) for first in (0, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ImageTable.open(tmp_path, "photos")) == 80
+
+
+def test_scales_that_do_not_fit_are_told_from_those_that_do() -> None:
+    dice = np.random.default_rng(0)
+    tokens_BND = dice.standard_normal((64, 50, 6)).astype(np.float32)
+    scales = calibrate(tokens_BND)
+    assert scales.error(tokens_BND, scales.encode(tokens_BND)).fits
+    wider_BND = tokens_BND * 3
+    assert not scales.error(wider_BND, scales.encode(wider_BND)).fits

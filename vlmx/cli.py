@@ -96,6 +96,17 @@ def main(args: list[str] | None = None) -> None:
             traceback.print_exc()
         show_error(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        show_error(
+            VlmxError(
+                f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+                why="the system does not let vlmx read or write there",
+                fix="check the path, its permissions and its disk",
+            )
+        )
+        sys.exit(1)
     except Exception as error:  # noqa: BLE001  the one place where a bug of ours becomes a message
         if debug:
             traceback.print_exc()

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmx.cache_specs.layout import PROVENANCE, metadata, shard_key
-from vlmx.cache_specs.manifest import Header, Manifest, ShardRecord, is_sealed, read_manifest
+from vlmx.cache_specs.manifest import COMMITS, Header, Manifest, ShardRecord, read_manifest, read_sealed
 from vlmx.cache_specs.places import LocalPlace, Place, place_of
 from vlmx.cache_specs.shards import NOTHING, crc_matches, digest_of, read_index
 from vlmx.cache_specs.sizing import CRC_BYTES, image_bytes, index_bytes
@@ -87,7 +87,7 @@ def verify(cache: str | Path | Place, *, full: bool, threads: int | None = None)
 
     Args:
         cache: its folder or url.
-        full: read every byte and compare each image's checksum and each shard's SHA-256; otherwise the manifest,
+        full: read every byte and compare each image's checksum and each shard's digest; otherwise the manifest,
             the seal, the files that describe the Zarr array, the size of each shard and the checksum of its index.
         threads: that read shards side by side; default: cores for a disk, 16 for an object store.
 
@@ -96,13 +96,17 @@ def verify(cache: str | Path | Place, *, full: bool, threads: int | None = None)
         CacheCorruptError: the manifest itself is damaged.
     """
     place = place_of(cache)
-    manifest = read_manifest(place)
-    problems = [f"{image} is in two shards" for image in _repeated(manifest)]
     sealed = False
+    problems = []
     try:
-        sealed = is_sealed(place, manifest)
+        manifest, sealed = read_sealed(place)
     except CacheCorruptError as error:
+        manifest = read_manifest(place)  # raises, too, if it is not the seal that is damaged
         problems.append(f"{error.what}: {error.why}")
+    problems += [f"{image} is in two shards" for image in _repeated(manifest)]
+    problems += [
+        f"{COMMITS}/{name} does not match its checksum, its shard counts as missing" for name in manifest.damaged
+    ]
     damaged = _examine_all(place, manifest, full=full, threads=threads)
     return Report(
         place=place,

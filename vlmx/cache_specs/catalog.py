@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vlmx.cache_specs.manifest import MANIFEST, READS_AT_ONCE
+from vlmx.cache_specs.manifest import MANIFEST, READS_AT_ONCE, read_manifest
 from vlmx.cache_specs.places import Place, place_of
 from vlmx.errors import CacheError
 from vlmx.registry import unknown_name
@@ -33,7 +33,7 @@ def find(root: str | Path | Place, text: str | Path | Place) -> Place:
         UnknownNameError: there is no such cache; the message carries near misses.
         CacheError: the prefix is ambiguous, the path is a folder that is no cache, or an object store cannot be read.
     """
-    place, typed = place_of(root), str(text)
+    place, typed = place_of(root), str(text).rstrip("/")
     names = _names(place)
     found = _lookup(place, names, typed)
     if found is not None:
@@ -97,11 +97,22 @@ def _match(root: Place, names: Sequence[str], typed: str) -> Place | None:
         return root.child(typed)
     matches = [name for name in names if typed and name.startswith(typed)]
     if len(matches) > 1:
-        raise CacheError(f"'{typed}' is more than one cache", why=", ".join(matches), fix="type more of the name")
+        each = ", ".join(f"{name} ({_kind(root.child(name))})" for name in matches)
+        raise CacheError(f"'{typed}' is more than one cache", why=each, fix="type more of the name")
     if matches:
         return root.child(matches[0])
     unlisted = typed and _is_web(root) and root.child(typed).exists(MANIFEST)
     return root.child(typed) if unlisted else None
+
+
+def _kind(cache: Place) -> str:
+    """What tells caches apart whose names differ in the fingerprint only."""
+    try:
+        spec = read_manifest(cache).header.spec
+    except CacheError:
+        return "damaged"
+    kind = [spec.dtype, *([spec.codec] if spec.codec != "crc32c" else [])]
+    return ", ".join([*kind, *([f"computed in {spec.compute}"] if spec.compute != "float32" else []), spec.feature])
 
 
 def _names(root: Place, start: str = "") -> list[str]:

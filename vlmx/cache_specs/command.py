@@ -28,6 +28,9 @@ Worked examples:
 DAY_S = 86400
 
 
+AGAIN = "give the `vlmx extract` command of the cache again: it stores what is missing and seals it anew"
+
+
 def complete_caches(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of caches below the folder that --root or --caches names, or below `caches`."""
     from vlmx.cache_specs.catalog import list_caches
@@ -146,7 +149,7 @@ def verify(
         try:
             reports.append(audit.verify(place, full=full, threads=threads))
         except CacheError as error:
-            if not everything and len(places) == 1:
+            if not everything and len(places) == 1 and not as_json:
                 raise
             unreadable.append((place, error))
         else:
@@ -161,10 +164,12 @@ def verify(
             show([("cache", place.name), ("problem", str(reason))])
     bad = [report for report in reports if not report.ok]
     if bad or unreadable:
+        shards = [report for report in bad if report.damaged or report.metadata]
+        fix = f"`vlmx cache repair {shards[0].place}` makes damaged shards again" if shards else AGAIN
         raise CacheCorruptError(
             f"{len(bad) + len(unreadable)} of {len(places)} caches are damaged",
             why=", ".join([*(report.place.name for report in bad), *(place.name for place, _ in unreadable)]),
-            fix=f"`vlmx cache repair {bad[0].place}` makes damaged shards again" if bad else "see the problems above",
+            fix=fix if bad else "see the problems above",
         )
 
 

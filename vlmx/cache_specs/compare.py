@@ -27,6 +27,7 @@ Floats = NDArray[np.float32]
 # batch sizes on three small encoders that compute in float32: 0.00003 as float16, 0.00015 as bfloat16, 0.0004 as int8.
 # Deep encoders add up more; rounding every number differently would be 0.0002 in float16 and 0.0017 in bfloat16.
 ALIKE: dict[DType, float] = {"float16": 1e-3, "bfloat16": 3e-3, "float32": 1e-3}
+ALIKE_8BIT_MAX = 0.03  # of 8 bits whose scales fit; scales that do not fit would let anything pass
 ALIKE_COMPUTE = 2e-2  # encoders that compute in less than float32: 0.007 was measured as above
 TINY = 1e-12  # in place of the norm of an image that is all zero
 
@@ -138,7 +139,7 @@ def alike_limit(spec: CacheSpec, error: QuantizationError) -> float:
 
     8 bits: what they lost when the cache was made. Were every code another one, it would be more.
     """
-    limit = error.relative if spec.dtype == "int8" else ALIKE[spec.dtype]
+    limit = min(error.relative, ALIKE_8BIT_MAX) if spec.dtype == "int8" else ALIKE[spec.dtype]
     return limit if spec.compute == "float32" else max(limit, ALIKE_COMPUTE)
 
 

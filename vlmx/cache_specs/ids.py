@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,16 @@ class ImageTable:
         return cls(name, entries)
 
     @classmethod
-    def merge(cls, root: str | Path | Place, name: str, entries: Iterable[ImageEntry]) -> ImageTable:
+    def merge(
+        cls, root: str | Path | Place, name: str, entries: Iterable[ImageEntry], *, guarded: bool = False
+    ) -> ImageTable:
         """Add images to the table of data set `name` (made when there is none) and write it.
+
+        Args:
+            root: folder of all caches.
+            name: of the data set.
+            entries: images that it may have already.
+            guarded: whether the caller holds the guard of the tables (`tables_guard`).
 
         Raises:
             DataError: a key is known already and stands for another image.
@@ -94,6 +103,11 @@ class ImageTable:
                 fix="give another one with --name",
             )
         place = place_of(root)
+        with nullcontext() if guarded else tables_guard(place):
+            return cls._merge(place, name, entries)
+
+    @classmethod
+    def _merge(cls, place: Place, name: str, entries: Iterable[ImageEntry]) -> ImageTable:
         table = cls.open(place, name) if place.exists(table_key(name)) else cls(name, ())
         conflicts = table._add(entries)
         if conflicts:
@@ -162,6 +176,17 @@ class ImageTable:
                 fix="replace the file and give the `vlmx extract` command again, or leave its examples out",
             )
         return entry
+
+
+@contextmanager
+def tables_guard(root: Place) -> Iterator[None]:
+    """While the block runs, no other process changes the tables below the cache root."""
+    claims = root.child(DATASETS).claims()
+    try:
+        with claims.guard():
+            yield
+    finally:
+        claims.close()
 
 
 def table_key(name: str) -> str:

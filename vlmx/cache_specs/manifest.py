@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ MANIFEST = "manifest.jsonl"
 COMMITS = "commits"
 SEAL = "SEALED.json"
 READS_AT_ONCE = 16
+SEAL_READS = 5
 
 _CRC_LENGTH = len(',"crc32c":"00000000"}\n')
 
@@ -86,10 +88,12 @@ class Manifest:
     Attributes:
         header: the first line.
         shards: committed shards by index, in the order of their indices.
+        damaged: files in `commits/` that are not what was written; the next writer makes their shards again.
     """
 
     header: Header
     shards: Mapping[int, ShardRecord] = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -153,14 +157,17 @@ def commit_key(index: int) -> str:
 def read_manifest(cache: str | Path | Place) -> Manifest:
     """Read and check the manifest of a cache, and what was committed since it was written.
 
+    Records that are damaged count as not written: their shards are not committed, and `damaged` names them.
+
     Raises:
         CacheError: there is none, or another version of vlmx made it.
-        CacheCorruptError: a line is damaged. A torn last line of the manifest is none: earlier versions of vlmx, when
-            they were killed, left one behind.
+        CacheCorruptError: a line of the manifest is damaged. A torn last line of format 1 is not: vlmx left one behind
+            when it was killed.
     """
     place = place_of(cache)
     # first these: one that vanishes now is in the manifest when that is read
-    committed = read_commits(place, place.names(COMMITS))
+    names = place.names(COMMITS)
+    committed, damaged = read_commits(place, names)
     try:
         raw = place.read(MANIFEST)
     except FileNotFoundError as error:
@@ -171,7 +178,7 @@ def read_manifest(cache: str | Path | Place) -> Manifest:
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
-        if record is None and number == len(lines):
+        if record is None and number == len(lines) > 1 and records[0].get("format") == 1:
             break
         if record is None:
             raise _damaged(place, f"line {number} does not match its checksum")
@@ -186,21 +193,39 @@ def read_manifest(cache: str | Path | Place) -> Manifest:
             raise _damaged(place, f"line {number} is not the line of a new shard")
         shards[shard.index] = shard
     for shard in committed:
-        if shards.setdefault(shard.index, shard) != shard or not 0 < len(shard.ids) <= header.images_per_shard:
-            raise _damaged(place, f"{commit_key(shard.index)} does not fit the other shards")
-    return Manifest(header=header, shards=dict(sorted(shards.items())))
+        shards.setdefault(shard.index, shard)  # the manifest is never older
+    return Manifest(header=header, shards=dict(sorted(shards.items())), damaged=tuple(damaged))
 
 
-def read_commits(place: Place, names: Iterable[str]) -> list[ShardRecord]:
+def read_sealed(cache: str | Path | Place) -> tuple[Manifest, bool]:
+    """The manifest, and whether the cache was declared complete; consistent also while somebody writes it.
+
+    Raises:
+        CacheError, CacheCorruptError: see `read_manifest`; or there is a seal, but it is one of other shards.
+    """
+    place = place_of(cache)
+    for attempt in range(SEAL_READS):
+        manifest = read_manifest(place)
+        try:
+            return manifest, is_sealed(place, manifest)
+        except CacheCorruptError:
+            if attempt == SEAL_READS - 1:
+                raise
+            time.sleep(0.05 * attempt)  # the manifest was read before, and the seal after somebody sealed
+    raise AssertionError("unreachable")
+
+
+def read_commits(place: Place, names: Iterable[str]) -> tuple[list[ShardRecord], list[str]]:
     """The records of shards that were committed since the manifest was written.
 
     Args:
         place: of the cache.
         names: files in `commits/`; those that are gone are left out: the manifest has them.
 
-    Raises:
-        CacheCorruptError: a file is not what was written.
+    Returns:
+        The records, and the names of files that are not what was written.
     """
+    damaged: list[str] = []
 
     def record_of(name: str) -> ShardRecord | None:
         try:
@@ -209,8 +234,9 @@ def read_commits(place: Place, names: Iterable[str]) -> list[ShardRecord]:
             return None
         parsed = _parse(line)
         shard = None if parsed is None else _read_shard(parsed)
-        if shard is None or commit_key(shard.index) != f"{COMMITS}/{name}":
-            raise _damaged(place, f"{COMMITS}/{name} does not match its checksum")
+        if shard is None or not shard.ids or commit_key(shard.index) != f"{COMMITS}/{name}":
+            damaged.append(name)
+            return None
         return shard
 
     finished = [name for name in names if name.endswith(".json") and not name.startswith(".")]
@@ -219,7 +245,7 @@ def read_commits(place: Place, names: Iterable[str]) -> list[ShardRecord]:
     else:
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
             records = list(pool.map(record_of, finished))
-    return [record for record in records if record is not None]
+    return [record for record in records if record is not None], damaged
 
 
 def seal_content(manifest: Manifest) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def place_of(where: str | Path | Place) -> Place:
     if isinstance(where, Place):
         return where
     if isinstance(where, Path) or "://" not in where:
-        return LocalPlace(where)
+        return LocalPlace(Path(where).expanduser())
     scheme = where.split("://", 1)[0].lower()
     if scheme == "file":
         return LocalPlace(where.split("://", 1)[1])

@@ -22,6 +22,9 @@ CODE_MAX = 127
 CALIBRATION_IMAGES = 64
 HEADROOM = 1.25  # beyond the farthest value of the first images; what lies farther out is clipped and counted
 
+FITTING = 0.03
+FITTING_CLIPPED = 1e-3
+
 Floats = NDArray[np.float32]
 
 
@@ -100,6 +103,11 @@ class QuantizationError:
     square: float = 0.0
     lost_square: float = 0.0
     clipped: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether the scales suit these images: 8 bits lose 0.01 or so where they do."""
+        return self.relative <= FITTING and self.clipped <= FITTING_CLIPPED * self.values
 
     @property
     def relative(self) -> float:

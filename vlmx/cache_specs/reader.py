@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from numpy.typing import NDArray
 
@@ -15,12 +15,12 @@ from vlmx.cache_specs.catalog import find_parts
 from vlmx.cache_specs.chunks import ChunkLayout, ChunkReader, ShardDamagedError, Verify
 from vlmx.cache_specs.fused import FusedReader
 from vlmx.cache_specs.layout import ARRAY
-from vlmx.cache_specs.manifest import Manifest, is_sealed, read_manifest
+from vlmx.cache_specs.manifest import MANIFEST, Manifest, read_sealed
 from vlmx.cache_specs.places import Place, place_of
 from vlmx.cache_specs.sizing import image_bytes
 from vlmx.cache_specs.spec import CacheSpec, TokenShape
 from vlmx.cache_specs.token_source import TokenSource
-from vlmx.errors import CacheCorruptError, CacheError
+from vlmx.errors import CacheCorruptError, CacheError, UsageError
 
 
 def open_cache(
@@ -35,7 +35,8 @@ def open_cache(
 
     Args:
         path_or_name: a folder, a url, a name below `root`, or an unambiguous prefix of one, e.g. "vmamba-s-coco@512".
-            Several of these with + between them give their tokens joined on the channel axis, in this order.
+            Several of these with + between them give their tokens joined on the channel axis, in this order. The folder
+            of a Zarr array or group that somebody else wrote is opened by `foreign.open_zarr`.
         root: folder (or url) of all caches.
         allow_partial: also open a cache whose extraction has not come to its end.
         verify: when an image's checksum is compared: the first time that this process reads it, every time, or never.
@@ -47,6 +48,12 @@ def open_cache(
         CacheError: the name is ambiguous, the extraction has not come to its end, or the caches cannot be joined.
         CacheCorruptError: the manifest is damaged.
     """
+    if verify not in get_args(Verify):
+        raise UsageError(f"verify is {verify!r}", fix=f"give one of {', '.join(get_args(Verify))}")
+    if _is_zarr(path_or_name):
+        from vlmx.cache_specs.foreign import open_zarr
+
+        return open_zarr(path_or_name, verify=verify)
     places = [path_or_name] if isinstance(path_or_name, Place) else find_parts(root, path_or_name)
     if pull is not None:
         from vlmx.cache_specs.pull import pull_through
@@ -54,6 +61,14 @@ def open_cache(
         places = [pull_through(place, pull) for place in places]
     readers = [TokenReader(place, allow_partial=allow_partial, verify=verify) for place in places]
     return readers[0] if len(readers) == 1 else FusedReader(readers)
+
+
+def _is_zarr(path: str | Path | Place) -> bool:
+    """Whether a path is that of a Zarr array or group, and no cache."""
+    if not isinstance(path, Place) and not ("://" in str(path) or Path(path).expanduser().is_dir()):
+        return False
+    place = place_of(path)
+    return any(map(place.exists, ("zarr.json", ".zarray", ".zgroup"))) and not place.exists(MANIFEST)
 
 
 class TokenReader(TokenSource):
@@ -75,13 +90,12 @@ class TokenReader(TokenSource):
         self, place: str | Path | Place, *, allow_partial: bool = False, verify: Verify = "first-touch"
     ) -> None:
         self.place = place_of(place)
-        manifest = read_manifest(self.place)
+        manifest, self.sealed = read_sealed(self.place)
         header = manifest.header
         self.spec: CacheSpec = header.spec
         self.shape: TokenShape = header.shape
         self.quantization = header.quantization
         self.failed = manifest.failed
-        self.sealed = is_sealed(self.place, manifest)
         if not (self.sealed or allow_partial):
             raise CacheError(
                 f"the extraction of {self.place.name} has not come to its end",

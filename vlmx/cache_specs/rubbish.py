@@ -17,7 +17,7 @@ from vlmx.cache_specs.catalog import find_parts
 from vlmx.cache_specs.claims import WRITERS
 from vlmx.cache_specs.ids import DATASETS, table_key, table_names
 from vlmx.cache_specs.layout import ARRAY, GROUP, SHARDS
-from vlmx.cache_specs.manifest import COMMITS, MANIFEST, Manifest, is_sealed, read_manifest
+from vlmx.cache_specs.manifest import COMMITS, MANIFEST, Manifest, is_sealed, read_sealed
 from vlmx.cache_specs.places import PARTIAL, LocalPlace, Place, place_of
 from vlmx.cache_specs.survey import dataset_images, looks_like_a_cache, writers
 from vlmx.errors import CacheError, DataError, RunError, UnknownNameError
@@ -161,7 +161,7 @@ def _manifest(place: Place) -> Manifest | None:
         CacheError: it is damaged, or lost, or another version of vlmx made it.
     """
     if place.exists(MANIFEST) or place.names(SHARDS) or place.names(COMMITS):
-        return read_manifest(place)
+        return read_sealed(place)[0]
     return None
 
 
@@ -181,6 +181,8 @@ def _in_cache(place: Place, manifest: Manifest | None) -> Iterator[Rubbish]:
         for name in place.names(folder):
             if name.startswith(".") and name.endswith(".tmp"):
                 yield _leftover(place, f"{folder}/{name}".lstrip("/"), "what a killed process was writing")
+    if manifest.damaged:
+        return  # which shards they committed is not known
     for name in place.names(SHARDS):
         if not (name.isdigit() and int(name) in manifest.shards):
             key = f"{SHARDS}/{name}"

@@ -12,7 +12,7 @@ from typing import Any
 from vlmx.cache_specs.audit import read_runs
 from vlmx.cache_specs.claims import WRITERS
 from vlmx.cache_specs.ids import ImageTable, table_names
-from vlmx.cache_specs.manifest import MANIFEST, Header, Manifest, is_sealed, read_manifest
+from vlmx.cache_specs.manifest import MANIFEST, Header, Manifest, read_sealed
 from vlmx.cache_specs.places import LocalPlace, Place, place_of
 from vlmx.cache_specs.quantize import QuantizationError
 from vlmx.errors import CacheError, DataError
@@ -114,7 +114,7 @@ def info(cache: str | Path | Place) -> CacheInfo:
         CacheCorruptError: the manifest is damaged, or the seal does not fit it.
     """
     place = place_of(cache)
-    manifest = read_manifest(place)
+    manifest, sealed = read_sealed(place)
     return CacheInfo(
         place=place,
         header=manifest.header,
@@ -124,7 +124,7 @@ def info(cache: str | Path | Place) -> CacheInfo:
         disk_bytes=_disk_bytes(place),
         failed=manifest.failed,
         error=manifest.error if manifest.header.quantization is not None else None,
-        sealed=is_sealed(place, manifest),
+        sealed=sealed,
         writers=tuple(writers(place)),
         datasets=tuple(_coverage(place.parent, manifest)),
         runs=tuple(read_runs(place)),
@@ -163,8 +163,7 @@ def dataset_images(root: Place, name: str) -> set[str]:
 
 def _line(place: Place) -> CacheLine:
     try:
-        manifest = read_manifest(place)
-        sealed = is_sealed(place, manifest)
+        manifest, sealed = read_sealed(place)
     except CacheError as error:
         return CacheLine(name=place.name, problem=f"{error.what}: {error.why}" if error.why else error.what)
     runs = read_runs(place)

@@ -78,9 +78,11 @@ class TokenSource(ABC):
         shape = (len(ids), self.shape.num_tokens, self.shape.dim)
         if out is None:
             out = aligned_empty(shape, self.storage_dtype)
-        assert out.shape == shape, (out.shape, shape)
-        assert out.dtype == self.storage_dtype, (out.dtype, self.storage_dtype)
-        assert out.flags.c_contiguous
+        if out.shape != shape or out.dtype != self.storage_dtype or not out.flags.c_contiguous:
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}, {'' if out.flags.c_contiguous else 'not '}C-contiguous; "
+                f"{self.storage_dtype} {shape}, C-contiguous, is needed"
+            )
         place_of_image = dict(zip(ids, range(len(ids)), strict=True))  # the last place where it comes more than once
         if not self.ids.keys() >= place_of_image.keys():
             self.require(ids)

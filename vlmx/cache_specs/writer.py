@@ -221,7 +221,7 @@ class CacheWriter:
         """Learn what other processes have committed."""
         known = {commit_key(index) for index in list(self._shards)}  # a thread may be committing
         new = [name for name in self.place.names(COMMITS) if f"{COMMITS}/{name}" not in known]
-        self._learn(read_commits(self.place, new))
+        self._learn(read_commits(self.place, new)[0])
         if self.missing and (self._part.count > 1 or self._shares > 1) and self.place.exists(SEAL):
             self._learn(read_manifest(self.place).shards.values())  # another process was the last and is through
 

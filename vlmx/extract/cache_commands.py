@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from vlmx.cache_specs.command import cache, cache_argument, json_option, root_option
+from vlmx.cache_specs.command import AGAIN, cache, cache_argument, json_option, root_option
 
 if TYPE_CHECKING:
     from vlmx.cache_specs.audit import Report
@@ -165,7 +165,7 @@ def repair(
         raise CacheCorruptError(
             f"not everything of {place.name} can be repaired",
             why="; ".join(report.problems),
-            fix="copy it again from where it came, or delete it and extract again",
+            fix=AGAIN,
         )
     if made is not None and not made.ok:
         raise CacheCorruptError(

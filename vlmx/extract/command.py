@@ -346,6 +346,12 @@ def show(summary: ExtractSummary) -> None:
             f"8 bits: relative error {summary.error.relative:.4f}, {summary.error.clipped:,} of "
             f"{summary.error.values:,} numbers clipped"
         )
+    if summary.new_error and not summary.new_error.fits:
+        warn(
+            f"the 8-bit scales of this cache do not fit the images that were added: relative error "
+            f"{summary.new_error.relative:.3f}, {summary.new_error.clipped:,} of {summary.new_error.values:,} numbers "
+            "clipped; extract them in 16 bits, or everything in 8 bits into another --out with typical images first"
+        )
     if not summary.sealed:
         note("other processes are still at work; the last one declares the cache complete")
     if summary.failed:

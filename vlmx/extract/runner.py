@@ -18,6 +18,7 @@ from PIL import features
 
 from vlmx.cache_specs.claims import Part
 from vlmx.cache_specs.ids import ImageTable, image_id
+from vlmx.cache_specs.manifest import MANIFEST
 from vlmx.cache_specs.places import Place, place_of
 from vlmx.cache_specs.quantize import Quantization, QuantizationError
 from vlmx.cache_specs.spec import CacheSpec, Codec, DType, TokenShape
@@ -72,6 +73,7 @@ class ExtractSummary:
         scan: the engine of the encoder's scans; None when it has none.
         untrained: the warning that goes with an encoder of random weights; else empty.
         error: what 8 bits lost on all images of the cache; None in caches of more bits.
+        new_error: the same on the new images; None where there are none, too.
         sealed: whether the cache is complete; if not, other processes are still at work, or died.
         several: whether this process was one of several.
     """
@@ -89,6 +91,7 @@ class ExtractSummary:
     scan: ScanChoice | None
     untrained: str
     error: QuantizationError | None
+    new_error: QuantizationError | None
     sealed: bool
     several: bool
 
@@ -156,6 +159,7 @@ def extract(
         part=part,
     )
 
+    place.exists(f"{spec.name}/{MANIFEST}")  # a place that cannot be reached says so before the images are read
     with Interrupt(fix=RESUME) as interrupt, ThreadPoolExecutor(threads) as pool:
         inventory = [
             take_inventory(source, pool, root=place, ahead=4 * threads, check=interrupt.stop) for source in sources
@@ -195,6 +199,7 @@ def extract(
         scan=run.scan,
         untrained=untrained,
         error=manifest.error if dtype == "int8" else None,
+        new_error=run.error if dtype == "int8" and run.encoded else None,
         sealed=sealed,
         several=part.count > 1,
     )
@@ -225,6 +230,7 @@ class _Run:
         self.block = 0
         self.encoded = 0
         self.written_bytes = 0
+        self.error = QuantizationError()
 
     def work(
         self,
@@ -326,6 +332,7 @@ class _Run:
         """Store one shard; called on the thread that writes."""
         with self.seconds.working("write"):
             writer.commit(shard.plan, shard.tokens_SND, shard.failed, shard.error)
+        self.error += shard.error or QuantizationError()
         stored = len(shard.plan.ids) - len(shard.failed)
         self.encoded += stored
         self.written_bytes += shard.tokens_SND[0].nbytes * stored

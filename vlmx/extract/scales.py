@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vlmx.cache_specs.quantize import CALIBRATION_IMAGES, Quantization, calibrate
-from vlmx.console import note
+from vlmx.console import note, warn
 from vlmx.errors import DataError
 from vlmx.extract.lanes import lanes_for
 from vlmx.extract.preprocess import UndecodableImage
@@ -47,4 +47,9 @@ def first_scales(backbone: Backbone, prepared: Iterable[NDArray[np.float32] | Un
     if not tokens:
         raise DataError("no image can be decoded", why="the scales of 8-bit tokens need some", fix="check the files")
     note(f"8-bit scales from the first {len(tokens)} images")
+    if len(tokens) < CALIBRATION_IMAGES:
+        warn(
+            f"8-bit scales from {len(tokens)} images fit these, and perhaps no others: before more images are added, "
+            f"delete this cache and begin with {CALIBRATION_IMAGES} or more"
+        )
     return calibrate(np.concatenate(tokens))

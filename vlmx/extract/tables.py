@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vlmx.cache_specs.geometry import Geometry
-from vlmx.cache_specs.ids import DATASETS, ImageEntry, ImageTable, image_id, table_key
+from vlmx.cache_specs.ids import ImageEntry, ImageTable, image_id, table_key, tables_guard
 from vlmx.cache_specs.places import Place
 from vlmx.console import progress
 from vlmx.errors import DataError
@@ -49,7 +49,7 @@ class Original:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Originals:
+class SourceFiles:
     """The images of one data set.
 
     Attributes:
@@ -61,7 +61,7 @@ class Originals:
     failed: dict[str, str]
 
 
-def complete_table(source: ImageSource, root: Place, geometry: Geometry, *, threads: int) -> Originals:
+def complete_table(source: ImageSource, root: Place, geometry: Geometry, *, threads: int) -> SourceFiles:
     """See to it that the image table of a source has all of its images, and say where each of them is.
 
     Images that the table lacks are decoded and letterboxed, as an extraction would, so that whether they can be is
@@ -81,23 +81,19 @@ def complete_table(source: ImageSource, root: Place, geometry: Geometry, *, thre
     failed: dict[str, str] = {}
     table = _table(root, source.name)
     if _unknown(records.values(), table):
-        claims = root.child(DATASETS).claims()
-        try:
-            with claims.guard():
-                table = _table(root, source.name)
-                looked = _look_at(source.name, _unknown(records.values(), table), geometry, threads)
-                failed = {entry.id: entry.error for entry in looked if entry.error}
-                if table is None or any(entry.key not in table or not entry.error for entry in looked):
-                    table = ImageTable.merge(root, source.name, looked)
-        finally:
-            claims.close()
+        with tables_guard(root):
+            table = _table(root, source.name)
+            looked = _look_at(source.name, _unknown(records.values(), table), geometry, threads)
+            failed = {entry.id: entry.error for entry in looked if entry.error}
+            if table is None or any(entry.key not in table or not entry.error for entry in looked):
+                table = ImageTable.merge(root, source.name, looked, guarded=True)
     assert table is not None
     broken = table.failed()
     originals: dict[str, Original] = {}
     for key, record in records.items():
         if key not in broken:
             originals.setdefault(table.id_of(key), Original(dataset=source.name, key=key, load=record.load))
-    return Originals(originals=originals, failed=failed)
+    return SourceFiles(originals=originals, failed=failed)
 
 
 def _table(root: Place, name: str) -> ImageTable | None:
