@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "vlmx.evaluate.command:score",
     "report": "vlmx.evaluate.command:report",
     "probe": "vlmx.evaluate.command:probe",
+    "export": "vlmx.serve.export_command:export",
     "cache": "vlmx.extract.cache_commands:cache",
     "profile": "vlmx.serve.profile_command:profile",
     "weights": "vlmx.extract.weights.command:weights",

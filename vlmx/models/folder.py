@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from vlmx.errors import RunError, WeightsError
 from vlmx.models.connectors import build_connector
 from vlmx.models.llm import load_llm, no_progress_bars
 from vlmx.models.prompts import Prompt, choose_prompt
+from vlmx.models.rope import round_positions
 from vlmx.models.vlm import VLM
 from vlmx.runs import write_json
 
@@ -41,6 +42,7 @@ class ModelCard:
         llm: what the LLM was before training, a name or a path.
         spec: what the visual tokens are; its name is the cache's, or the caches' with + between them.
         grid: rows and columns of visual tokens.
+        rope: whether the LLM learned with rotary positions in float32, or rounded to bfloat16 as in the reference.
     """
 
     connector: str
@@ -50,6 +52,7 @@ class ModelCard:
     llm: str
     spec: TokenSpec
     grid: tuple[int, int]
+    rope: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,17 @@ def save_model(
     with no_progress_bars():
         vlm.llm.save_pretrained(folder / "llm", state_dict=llm)
     tokenizer.save_pretrained(folder / "llm")
-    write_json(folder / CARD, {**asdict(card), "spec": card.spec.to_dict()})
+    write_json(folder / CARD, card_to_dict(card))
+
+
+def card_to_dict(card: ModelCard) -> dict[str, Any]:
+    """Plain data for JSON; `card_from_dict` reads it back."""
+    return {**asdict(card), "spec": card.spec.to_dict()}
+
+
+def card_from_dict(fields: Mapping[str, Any]) -> ModelCard:
+    """A card from plain data."""
+    return ModelCard(**{**fields, "spec": spec_from_dict(fields["spec"]), "grid": tuple(fields["grid"])})
 
 
 def load_model(folder: Path) -> SavedModel:
@@ -102,8 +115,7 @@ def load_model(folder: Path) -> SavedModel:
             why=f"it has no {CARD}, so the training did not finish",
             fix="finish it: vlmx train --resume --out RUN",
         )
-    fields = json.loads((folder / CARD).read_text())
-    card = ModelCard(**{**fields, "spec": spec_from_dict(fields["spec"]), "grid": tuple(fields["grid"])})
+    card = card_from_dict(json.loads((folder / CARD).read_text()))
     llm, tokenizer = load_llm(str(folder / "llm"))
     connector = build_connector(card.connector, card.dim_vision, card.dim_llm)
     try:
@@ -114,6 +126,8 @@ def load_model(folder: Path) -> SavedModel:
             why=str(error).strip().splitlines()[-1].strip(),
             fix="train again, or restore the folder",
         ) from error
+    if card.rope == "bf16":
+        round_positions(llm)
     prompt = choose_prompt(card.prompt, tokenizer)
     vlm = VLM(connector, llm, visual_at=prompt.visual_at, eos_ids=[tokenizer.eos_token_id])
     return SavedModel(vlm=vlm.eval(), prompt=prompt, card=card)

@@ -37,18 +37,13 @@ def load_llm(name_or_path: str) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = _check(name_or_path)
+    source = checked_source(name_or_path)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
         with no_progress_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"the LLM '{name_or_path}' cannot be loaded",
-            why=str(error).strip().splitlines()[0],
-            fix="give a local folder with config.json, weights and tokenizer, or 'mini'"
-            + (" (HF_HUB_OFFLINE is set: hub ids work only from the hub's cache)" if _offline() else ""),
-        ) from error
+        raise unloadable(name_or_path, error) from error
     model, report = loaded
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if wrong:
@@ -58,6 +53,16 @@ def load_llm(name_or_path: str) -> tuple[Any, Any]:
             fix="download the folder again, or correct its config.json",
         )
     return model, tokenizer
+
+
+def unloadable(name_or_path: str, error: Exception) -> WeightsError:
+    """What to tell the user when transformers cannot load an LLM."""
+    return WeightsError(
+        f"the LLM '{name_or_path}' cannot be loaded",
+        why=str(error).strip().splitlines()[0],
+        fix="give a local folder with config.json, weights and tokenizer, or 'mini'"
+        + (" (HF_HUB_OFFLINE is set: hub ids work only from the hub's cache)" if _offline() else ""),
+    )
 
 
 def has_sliding_window(config: Any) -> bool:
@@ -91,8 +96,12 @@ def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _check(name_or_path: str) -> str:
-    """The folder or hub id to load, after the checks whose failure transformers reports in many ways."""
+def checked_source(name_or_path: str) -> str:
+    """The folder or hub id to load, after the checks whose failure transformers reports in many ways.
+
+    Raises:
+        WeightsError: there is no such folder, or it is not that of an LLM with weights.
+    """
     folder = MINI_FOLDER if name_or_path == MINI else Path(name_or_path).expanduser()
     if not folder.is_dir():
         if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:

@@ -50,9 +50,10 @@ class Batch:
     offset_D: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; a copy from page-locked memory runs by itself."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **moved)
 
 
 class VLM(nn.Module):

@@ -5,20 +5,26 @@ Shapes: B rows, T positions of a row (visual and text), N visual tokens an image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from vlmx.cache_specs.token_source import TokenSource
+from vlmx.console import warn
 from vlmx.data.records import Conversation
+from vlmx.errors import UsageError
+from vlmx.models.llm import has_rotary_positions
 from vlmx.models.prompts import IGNORED, EncodedConversation, Prompt
 from vlmx.models.vlm import Batch
+from vlmx.train.plan import TrainPlan
 
 Ints = npt.NDArray[np.int64]
 PADDING_TURN = -1
+MIN_TEXT_POSITIONS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,7 @@ class MicroBatch:
     """A batch and what is counted about it.
 
     Attributes:
+        images: which of its step's images are the batch's, in the order in which it counts them.
         supervised: tokens that are learned.
         weight: sum of what they weigh in the loss: their number, or that of the answers if every answer weighs 1.
         tokens: tokens without padding, visual ones included.
@@ -34,6 +41,7 @@ class MicroBatch:
     """
 
     batch: Batch
+    images: list[int]
     supervised: int
     weight: float
     tokens: int
@@ -42,18 +50,19 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
-    """One conversation with its visual tokens' places, all [T] of this row."""
+class Row:
+    """One conversation with its visual tokens' places, all [T] of this row; and the content id of its image."""
 
     ids: Ints
     labels: Ints
     turns: Ints
     positions: Ints
     truncated: bool
+    image: str | None
 
 
 class Collator:
-    """Builds micro-batches.
+    """Builds micro-batches, all of them but the visual tokens.
 
     Args:
         prompt: turns conversations into token ids.
@@ -85,22 +94,26 @@ class Collator:
         self.max_text_tokens = max_text_tokens
         self.max_positions = max_positions
 
-    def __call__(self, conversations: Sequence[Conversation]) -> MicroBatch:
-        """One micro-batch; an image that several conversations share is read once.
-
-        Raises:
-            CacheCorruptError: the tokens of an image are not what was written.
-        """
+    def rows(self, conversations: Sequence[Conversation]) -> list[Row]:
+        """Conversations as rows, each as long as it is."""
         encoded = self.prompt.encode_many(
             [[(turn.question, turn.answer) for turn in c.turns] for c in conversations], isolated=self.isolated
         )
-        rows = [self._row(e, c.image is not None) for e, c in zip(encoded, conversations, strict=True)]
-        images = [self.image_ids[c.image] for c in conversations if c.image is not None]
+        return [
+            self._row(e, None if c.image is None else self.image_ids[c.image])
+            for e, c in zip(encoded, conversations, strict=True)
+        ]
+
+    def batch(self, rows: Sequence[Row], number_of: Mapping[str, int]) -> MicroBatch:
+        """One micro-batch, without the visual tokens.
+
+        Args:
+            rows: at least one.
+            number_of: position of each image among those of the step.
+        """
+        images = [number_of[row.image] for row in rows if row.image is not None]
         unique = list(dict.fromkeys(images))
-        number_of = {image: number for number, image in enumerate(unique)}
-        visual_UND = torch.from_numpy(self.reader.read(unique))
-        if self.reader.logical_dtype == "bfloat16":
-            visual_UND = visual_UND.view(torch.bfloat16)
+        place_of = {image: place for place, image in enumerate(unique)}
         scales = self.reader.quantization
         labels_BT = _pad([row.labels for row in rows], IGNORED)
         learned_BT = labels_BT != IGNORED
@@ -110,9 +123,9 @@ class Collator:
         return MicroBatch(
             batch=Batch(
                 input_ids_BT=torch.from_numpy(_pad([row.ids for row in rows], 0)),
-                visual_UND=visual_UND,
-                image_rows=torch.tensor([n for n, c in enumerate(conversations) if c.image is not None]).long(),
-                image_of_row=torch.tensor([number_of[image] for image in images]).long(),
+                visual_UND=torch.empty(0, self.reader.num_tokens, self.reader.shape.dim),
+                image_rows=torch.tensor([n for n, row in enumerate(rows) if row.image is not None]).long(),
+                image_of_row=torch.tensor([place_of[image] for image in images]).long(),
                 predictor_S=torch.from_numpy(predictor_S),
                 target_S=torch.from_numpy(labels_BT[learned_BT]),
                 weight_S=None if weight_S is None else torch.from_numpy(weight_S),
@@ -121,6 +134,7 @@ class Collator:
                 scale_D=None if scales is None else torch.from_numpy(scales.scale_D),
                 offset_D=None if scales is None else torch.from_numpy(scales.offset_D),
             ),
+            images=unique,
             supervised=len(predictor_S),
             weight=len(predictor_S) if weight_S is None else float(weight_S.sum(dtype=np.float64)),
             tokens=sum(len(row.ids) for row in rows),
@@ -128,9 +142,9 @@ class Collator:
             silent=int((~learned_BT.any(axis=1)).sum()),
         )
 
-    def _row(self, encoded: EncodedConversation, has_image: bool) -> _Row:
+    def _row(self, encoded: EncodedConversation, image: str | None) -> Row:
         turns = np.array(encoded.turn_of_token, dtype=np.int64)
-        at, visual = self.prompt.visual_at, self.reader.num_tokens if has_image else 0
+        at, visual = self.prompt.visual_at, 0 if image is None else self.reader.num_tokens
         positions = np.arange(len(turns)) + visual * (turns > 0)
         if self.isolated and len(turns) > at:
             first_of_turn = np.concatenate([[at], np.flatnonzero(np.diff(turns[at:])) + 1 + at])
@@ -146,7 +160,47 @@ class Collator:
             labels = np.insert(labels, at, np.full(visual, IGNORED))
             turns = np.insert(turns, at, np.zeros(visual, dtype=np.int64))
             positions = np.insert(positions, at, np.arange(at, at + visual))
-        return _Row(ids=ids, labels=labels, turns=turns, positions=positions, truncated=not fits.all())
+        return Row(ids=ids, labels=labels, turns=turns, positions=positions, truncated=not fits.all(), image=image)
+
+
+def build_collator(plan: TrainPlan, prompt: Prompt, llm_config: Any) -> Collator:
+    """The collator of a run.
+
+    Raises:
+        UsageError: visual tokens do not fit the LLM.
+    """
+    config = plan.config
+    return Collator(
+        prompt,
+        plan.reader,
+        plan.image_ids,
+        isolated=config.turns == "isolated",
+        by_answer=config.loss_mean == "answers",
+        max_text_tokens=config.max_text_tokens,
+        max_positions=check_context(llm_config, plan.reader.num_tokens),
+    )
+
+
+def check_context(llm_config: Any, visual_tokens: int) -> int | None:
+    """The number of positions that an LLM with a table of positions has; None for rotary LLMs, which have no such end.
+
+    Raises:
+        UsageError: the table has no room for the visual tokens and a short text.
+    """
+    context = getattr(llm_config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return None
+    if has_rotary_positions(llm_config.get_text_config()):
+        if visual_tokens >= context:
+            warn(f"{visual_tokens} visual tokens are more than the LLM's context of {context}")
+        return None
+    if visual_tokens + MIN_TEXT_POSITIONS > context:
+        raise UsageError(
+            f"{visual_tokens} visual tokens do not fit the LLM",
+            why=f"it has a table of {context} positions, and text needs some of them",
+            fix="choose an LLM with a longer context, or a cache of a lower resolution",
+        )
+    return int(context)
 
 
 def _answer_weights(turns_BT: Ints, learned_BT: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:

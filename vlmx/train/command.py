@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +29,10 @@ Examples
   vlmx train --out runs/try --resume
   vlmx train --cache vit-mini-scenes --cache vmamba-mini-scenes
   vlmx train --cache none --backbone vit-mini-scenes
+  vlmx train --cache vit-mini-scenes --dry-run
   torchrun --nproc-per-node 2 -m vlmx train --cache vmamba-mini-scenes
   torchrun --nproc-per-node 8 -m vlmx train --cache vmamba-s-coco@512 \\
-      --config paper --llm models/vicuna-7b --data llava_v1_5_mix665k.json
+      --config paper --profile paper --llm models/vicuna-7b --data llava_v1_5_mix665k.json
   vlmx train --row dinov2-l+siglip-so400m-384@384/mlp3 --llm models/vicuna-7b --data llava_v1_5_mix665k.json
 
 `vlmx train --keys` lists all keys with their defaults.
@@ -96,15 +98,32 @@ def _list_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     help="A row of the paper (vlmx list rows): its cache or caches, and its connector.",
 )
 @click.option("--llm", metavar="LLM", help="mini, a Hugging Face folder, or a hub id.")
-@click.option("--data", metavar="DATA", help="mini, or a LLaVA-style .json or .jsonl file.")
+@click.option("--data", metavar="DATA", help="mini, or a LLaVA-style .json, .jsonl or .parquet file.")
 @click.option(
     "--config",
     metavar="PRESET|FILE",
     shell_complete=_complete_preset,
     help="A preset (mini, paper) or a YAML file. Without it: mini for the mini study, paper for other data.",
 )
+@click.option(
+    "--profile",
+    metavar="PROFILE",
+    help="paper: compute as the reference did where that is not what its description says; goes with any --config.",
+)
+@click.option("--dry-run", is_flag=True, help="Show batches, tokens, memory and time; train nothing, write nothing.")
 @click.option("--out", metavar="FOLDER", help="Run folder.  [default: runs/<cache>-<connector>-<data>]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out: same command again, or --out alone.")
+@click.option(
+    "--resume-anyway",
+    is_flag=True,
+    help="Like --resume, even with another configuration, as far as weights and batches allow.",
+)
+@click.option(
+    "--log-to",
+    multiple=True,
+    metavar="TRACKER",
+    help="Where else metrics go: tensorboard, trackio, wandb; may be given more than once.",
+)
 @click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_list_keys, help="List all keys.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(
@@ -120,27 +139,36 @@ def train(
     llm: str | None,
     data: str | None,
     config: str | None,
+    profile: str | None,
+    dry_run: bool,
     out: str | None,
     resume: bool,
+    resume_anyway: bool,
+    log_to: tuple[str, ...],
     overrides: tuple[str, ...],
 ) -> None:
     """Train a connector and an LLM on the visual tokens of a cache.
 
     Reads the cache and the conversations, needs no image and no encoder (--cache none needs both), and leaves a run
     folder: metrics.jsonl, checkpoints, and the trained model. Options and KEY=VALUE items override the configuration
-    file. Starts several processes under torchrun.
+    file. Starts several processes under torchrun. Ctrl-C and SIGTERM save a checkpoint before they stop it.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options = {"cache": "+".join(cache_names) or None, "connector": connector, "llm": llm, "data": data}
     given = {"backbone": backbone, "res": res, "weights": weights, "image_root": image_root}
     stream = {key: value for key, value in given.items() if value is not None}
+    resume = resume or resume_anyway
     try:
         row = _row(row_name)
         if row is not None:
             _fill_in(options, row, list(overrides), caches)
-        folder, resolved = _resolve(options, stream, config, list(overrides), out, resume)
+        items = [*_of_profile(profile), *_with_trackers(overrides, log_to)]
+        folder, resolved = _resolve(options, stream, config, items, out, resume)
+        if dry_run:
+            _preview(resolved, row, caches, rank, world_size, pull)
+            return
         if folder is None or not _is_finished(folder, resume):
-            folder = _run(resolved, row, caches, folder, world_size, resume, pull)
+            folder = _run(resolved, row, caches, folder, world_size, resume, resume_anyway, pull)
     except VlmxError as error:
         if world_size == 1:
             raise
@@ -156,6 +184,16 @@ def train(
         from vlmx.train.parallel import exit_now
 
         exit_now(0)
+
+
+def _of_profile(name: str | None) -> list[str]:
+    from vlmx.train.settings import profile_overrides
+
+    return [] if name is None else profile_overrides(name)
+
+
+def _with_trackers(overrides: Sequence[str], log_to: Sequence[str]) -> list[str]:
+    return [*overrides, *([f"log_to=[{', '.join(log_to)}]"] if log_to else [])]
 
 
 def _row(name: str | None) -> Preset | None:
@@ -187,13 +225,13 @@ def _resolve(
     from vlmx.config import load_config
     from vlmx.train.settings import TrainConfig, preset_path
 
-    if resume and not any(options.values()) and not stream and config is None and not overrides:
+    if resume and not any(options.values()) and not stream and config is None:
         if out is None:
             raise ConfigError(
                 "--resume needs to know what to go on with", fix="give --out RUN, or the whole command again"
             )
         run = RunFolder.open(out)
-        return run.path, load_config(TrainConfig, None, [], **run.config)
+        return run.path, load_config(TrainConfig, None, overrides, **run.config)
     preset = config or ("mini" if (options["data"] or "mini") == "mini" else "paper")
     if config is None and options["cache"] is None and not any(item.startswith("cache=") for item in overrides):
         raise UsageError(
@@ -227,6 +265,20 @@ def _is_finished(folder: Path, resume: bool) -> bool:
     return False
 
 
+def _preview(
+    config: TrainConfig, row: Preset | None, caches: str, rank: int, world_size: int, pull: str | None
+) -> None:
+    from vlmx.train.plan import make_plan
+    from vlmx.train.preview import preview, show
+    from vlmx.train.rows import require_row
+
+    plan = make_plan(config, caches=caches, world_size=world_size, pull=pull)
+    if row is not None:
+        require_row(plan, row)
+    if rank == 0:
+        show(preview(plan, world_size), plan, world_size)
+
+
 def _run(
     config: TrainConfig,
     row: Preset | None,
@@ -234,12 +286,20 @@ def _run(
     folder: Path | None,
     world_size: int,
     resume: bool,
+    resume_anyway: bool,
     pull: str | None,
 ) -> Path:
     from vlmx.train.loop import train as train_run
-    from vlmx.train.parallel import join, leave
+    from vlmx.train.parallel import exit_now, join, leave
     from vlmx.train.plan import make_plan
+    from vlmx.train.resume import require_same
     from vlmx.train.rows import require_row
+    from vlmx.train.stopping import Stopped
+    from vlmx.train.trackers import require_trackers
+    from vlmx.train.watch import watched
+
+    require_trackers(config.log_to)
+    watched(config)
 
     plan = make_plan(config, caches=caches, world_size=world_size, pull=pull)
     if row is not None:
@@ -249,25 +309,16 @@ def _run(
         if _is_finished(folder, resume):
             return folder
     if resume and (folder / "status.json").exists():
-        _require_same(RunFolder(folder), plan.config)
+        require_same(RunFolder(folder), plan.config, anyway=resume_anyway)
     world = join()
-    train_run(plan, folder, world, resume=resume)
+    try:
+        train_run(plan, folder, world, resume=resume)
+    except Stopped as stopped:
+        if world.first:
+            note(f"{stopped.what}; {stopped.fix}")
+        leave(world)
+        if world.distributed:
+            exit_now(stopped.exit_code)
+        sys.exit(stopped.exit_code)
     leave(world)
     return folder
-
-
-def _require_same(run: RunFolder, config: TrainConfig) -> None:
-    """A resumed run keeps its configuration; only what has no influence on the result may change.
-
-    Raises:
-        ConfigError: something else differs; all keys are named.
-    """
-    free = {"checkpoint", "log_every"}
-    before, now = run.config, config.model_dump(mode="json")
-    changed = [key for key in now if key not in free and now[key] != before.get(key)]
-    if changed:
-        raise ConfigError(
-            f"{run.path} was started with another configuration",
-            why="; ".join(f"{key}: {before.get(key)!r}, now {now[key]!r}" for key in changed),
-            fix="give the command of the start, or --out and --resume alone, or another --out",
-        )

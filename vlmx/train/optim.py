@@ -22,10 +22,14 @@ def decaying_names(model: nn.Module) -> frozenset[str]:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, decaying: frozenset[str]) -> torch.optim.AdamW:
-    """AdamW with up to four groups, connector or LLM, decaying or not; each group knows its own "peak_lr"."""
+    """AdamW over what is trained, with up to four groups, connector or LLM, decaying or not; each group knows its own
+    "peak_lr".
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     assert decaying <= {name for name, _ in model.named_parameters()}, "modules were wrapped in between"
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         groups.setdefault((name.startswith("connector."), name in decaying), []).append(parameter)
     connector_lr = config.connector_lr or config.lr
     return torch.optim.AdamW(

@@ -21,8 +21,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from vlmx.models.adapters import merged
 from vlmx.models.vlm import VLM
-from vlmx.train.settings import Precision
+from vlmx.train.settings import LoraConfig, Precision
+
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +79,16 @@ def recompute_layers(llm: Any) -> None:
         layers[number] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
 
 
-def place(vlm: VLM, world: World, precision: Precision) -> None:
-    """Move the model to its device, in shards if there are several processes; changes it in place."""
-    vlm.to(world.device)
-    if not world.distributed:
-        return
+def shard(vlm: VLM, world: World, precision: Precision, reduce: Precision) -> None:
+    """Divide the parameters of the model among the processes, those on the meta device, too; changes it in place.
+
+    Args:
+        precision: of the computation; weights stay in float32.
+        reduce: what gradients are added up in, where the computation is in bfloat16.
+    """
     options: dict[str, Any] = {"mesh": init_device_mesh(world.device.type, (world.size,))}
     if precision == "bf16":
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=DTYPES[reduce])
     for layer in decoder_layers(vlm.llm):
         fully_shard(layer, **options)
     fully_shard(vlm, **options)
@@ -103,14 +108,16 @@ def decoder_layers(llm: Any) -> nn.ModuleList:
     return next(lists, nn.ModuleList())
 
 
-def full_weights(vlm: VLM, world: World) -> Mapping[str, Tensor]:
-    """The whole state dict on the CPU, gathered from all processes; empty on all but the first one."""
-    if not world.distributed:
-        return {key: value.cpu() for key, value in vlm.state_dict().items()}
-    weights: Mapping[str, Any] = get_model_state_dict(
-        vlm, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    return weights
+def full_weights(vlm: VLM, world: World, lora: LoraConfig) -> Mapping[str, Tensor]:
+    """The whole state dict on the CPU, gathered from all processes, adapters merged into what they adapt; empty on all
+    but the first one.
+    """
+    if world.distributed:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: Mapping[str, Any] = get_model_state_dict(vlm, options=options)
+    else:
+        weights = {key: value.cpu() for key, value in vlm.state_dict().items()}
+    return weights if lora.r is None else merged(weights, r=lora.r, alpha=lora.alpha)
 
 
 def leave(world: World) -> None:

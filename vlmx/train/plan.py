@@ -15,7 +15,7 @@ from vlmx.data.mixtures import Mixture, load_mixture
 from vlmx.data.records import Conversation
 from vlmx.errors import CacheError, DataError, UsageError
 from vlmx.models.connectors import CONNECTORS
-from vlmx.train.sampler import steps_an_epoch
+from vlmx.train.sampler import epoch_batches, steps_an_epoch
 from vlmx.train.settings import TrainConfig
 
 SHOWN = 5
@@ -59,12 +59,14 @@ def make_plan(
 
     Raises:
         UnknownNameError: no such cache, connector, data or backbone.
-        UsageError: the batch cannot be divided among the processes, or it is not clear where tokens come from.
+        UsageError: the batch cannot be divided among the processes, the data has no batches in the paper's order,
+            settings do not go together, or it is not clear where tokens come from.
         CacheError: the cache lacks images of the data.
         DataError: the data breaks its schema, its images were never extracted, or cannot be found.
         BackendError, WeightsError: the encoder cannot work on the fly here.
     """
     CONNECTORS.get(config.connector)
+    _require_consistent(config)
     micro_batch = divided_batch(config, world_size)
     mixture, reader = _tokens(config, place_of(caches), pull)
     home = place_of(DEFAULT_ROOT)
@@ -73,7 +75,11 @@ def make_plan(
     conversations, image_ids, dropped = _with_images(mixture.conversations, config, reader, mixture.name)
     if not conversations:
         raise DataError("there is nothing to train on", why="; ".join(dropped), fix="extract the data's images again")
-    steps_per_epoch = steps_an_epoch(conversations, config.global_batch)
+    if config.order == "paper":  # not every data set has one, which is said before anything is loaded
+        epoch_batches(
+            conversations, seed=config.seed, epoch=0, global_batch=config.global_batch, order="paper", world=world_size
+        )
+    steps_per_epoch = steps_an_epoch(conversations, config.global_batch, config.order)
     return TrainPlan(
         config=config.model_copy(update={"cache": name}),
         reader=reader,
@@ -111,13 +117,37 @@ def _untrained(reader: TokenSource) -> tuple[str, ...]:
     )
 
 
+def _require_consistent(config: TrainConfig) -> None:
+    """Make sure that no setting takes another's meaning away.
+
+    Raises:
+        UsageError: some do; all are named.
+    """
+    problems = []
+    if config.micro_tokens is not None and config.loss_mean == "microbatch":
+        problems.append("loss_mean=microbatch is a mean over equal micro-batches, and micro_tokens makes them unequal")
+    if config.lora.r is not None and config.freeze_llm:
+        problems.append("freeze_llm trains nothing of the LLM, and lora.r puts something into it that is trained")
+    if problems:
+        raise UsageError("some settings do not go together", why="; ".join(problems), fix="leave out one of each pair")
+
+
 def divided_batch(config: TrainConfig, world_size: int) -> int:
-    """The micro-batch of one process: `config.micro_batch`, or its whole share of the global batch if that is smaller.
+    """The micro-batch of one process: `config.micro_batch`, or its whole share of the global batch if that is smaller,
+    or if micro-batches are divided by tokens.
 
     Raises:
         UsageError: the shares would not be equal.
     """
     share, rest = divmod(config.global_batch, world_size)
+    if config.micro_tokens is not None:
+        if rest or share == 0:
+            raise UsageError(
+                f"a global batch of {config.global_batch} cannot be divided among {world_size} processes",
+                why="every process must have as many micro-batches, and none of them may be empty",
+                fix="set global_batch to a multiple of the number of processes",
+            )
+        return share
     micro_batch = min(config.micro_batch, share)
     if rest or share == 0 or share % micro_batch:
         raise UsageError(

@@ -1,8 +1,12 @@
-"""What can be set for a training, and which presets exist?"""
+"""What can be set for a training, and which presets and profiles exist?
+
+A preset is a whole configuration: what is trained, on what, how long. A profile changes how some things are computed,
+and goes on top of any preset: "paper" does them as the reference did, where that is not what its description says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -12,12 +16,24 @@ from vlmx.cache_specs.streams import StreamConfig
 from vlmx.config import Config
 from vlmx.errors import ConfigError
 from vlmx.registry import unknown_name
+from vlmx.train.sampler import BatchOrder
 
 PRESETS = Path(__file__).parent / "configs"
 
 Turns = Literal["causal", "isolated"]
 Precision = Literal["fp32", "bf16"]
 LossMean = Literal["tokens", "answers", "microbatch"]
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+PROFILES: Mapping[str, tuple[str, ...]] = {
+    "paper": (
+        "optim.weight_decay=0",  # the reference's groups are made after sharding, where nothing has two dimensions
+        "loss_mean=microbatch",
+        "order=paper",
+        "rope=bf16",
+        "reduce=bf16",
+    )
+}
 
 
 class OptimConfig(Config):
@@ -35,11 +51,44 @@ class OptimConfig(Config):
     )
 
 
+class LoraConfig(Config):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) in the LLM, which itself stays as it is."""
+
+    r: int | None = Field(default=None, ge=1, description="rank of the adapters; null: no adapters")
+    alpha: float = Field(default=32.0, gt=0, description="what an adapter adds is multiplied by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input of the adapters")
+    targets: tuple[str, ...] | None = Field(
+        default=None, description="names of the layers that get one, e.g. [q_proj, v_proj]; null: all linear ones"
+    )
+
+
 class CheckpointConfig(Config):
     """What a killed training goes on from."""
 
-    every_steps: int = Field(default=500, ge=0, description="save every so many steps; 0: never")
+    every_steps: int = Field(
+        default=500, ge=0, description="save every so many steps; 0: only when the training is asked to stop"
+    )
     keep: int = Field(default=2, ge=1, description="how many of the newest checkpoints are kept")
+    keep_best: int = Field(
+        default=0,
+        ge=0,
+        description="how many of the best are kept besides: by held-out accuracy if there is one (watch.benchmarks),"
+        " else by the mean loss of the last 100 steps",
+    )
+
+
+class WatchConfig(Config):
+    """What is looked at while the training runs, and when it is stopped."""
+
+    benchmarks: str | None = Field(
+        default=None,
+        description="benchmarks that are answered before each checkpoint, with commas between them; null: none",
+    )
+    limit: int = Field(default=64, ge=1, description="how many questions of each of these benchmarks")
+    explode_factor: float | None = Field(
+        default=5.0, gt=1, description="stop when the loss stays above its median so many times; null: never"
+    )
+    explode_steps: int = Field(default=20, ge=1, description="for how many steps it has to stay there")
 
 
 class TrainConfig(Config):
@@ -49,13 +98,17 @@ class TrainConfig(Config):
         description="cache with the visual tokens: name, unambiguous prefix, or path; A+B joins two on the channels;"
         " none: encode on the fly, with the encoder of the group stream"
     )
-    data: str = Field(default="mini", description="conversations: mini, or a LLaVA-style .json or .jsonl file")
+    data: str = Field(
+        default="mini", description="conversations: mini, or a LLaVA-style .json, .jsonl or .parquet file"
+    )
     images: str | None = Field(
         default=None, description="image table of the data; null: named like the data (extract --name)"
     )
     stream: StreamConfig = Field(default_factory=StreamConfig)
     connector: str = Field(default="mlp2", description="linear, mlp2, mlp3, or a plug-in's name")
     llm: str = Field(default="mini", description="mini, a Hugging Face folder, or a hub id")
+    freeze_llm: bool = Field(default=False, description="train the connector only")
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     prompt: str = Field(default="auto", description="vicuna-v1.5, plain, chat, or auto")
     turns: Turns = Field(
         default="causal", description="causal: a turn sees the earlier ones; isolated: only image and itself"
@@ -66,7 +119,16 @@ class TrainConfig(Config):
         default=None, ge=1, description="stop after so many steps, the schedule included; null: all epochs"
     )
     global_batch: int = Field(default=128, ge=1, description="conversations a step, over all processes")
+    order: BatchOrder = Field(
+        default="default", description="of the batches; paper: the very ones that the reference's sampler makes"
+    )
     micro_batch: int = Field(default=16, ge=1, description="conversations at once in one process, at most")
+    micro_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="instead of micro_batch: padded tokens at once in one process, at most, visual ones included;"
+        " same loss, less padding",
+    )
     max_text_tokens: int = Field(
         default=2048, ge=8, description="longer conversations are cut here; visual tokens not counted"
     )
@@ -79,9 +141,19 @@ class TrainConfig(Config):
     precision: Precision = Field(
         default="fp32", description="bf16: compute in bfloat16, weights and optimiser stay float32"
     )
+    reduce: Precision = Field(
+        default="fp32", description="what processes add their gradients up in when precision is bf16"
+    )
+    rope: Precision = Field(
+        default="fp32", description="of rotary positions; bf16: rounded, as transformers 4.38.1 did under autocast"
+    )
     activation_checkpointing: bool = Field(default=False, description="recompute the LLM's layers in the backward pass")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
     log_every: int = Field(default=10, ge=1, description="write a line of metrics every so many steps")
+    log_to: tuple[Tracker, ...] = Field(
+        default=(), description="where else metrics go: tensorboard, trackio, wandb; several as a list"
+    )
 
 
 def preset_names() -> list[str]:
@@ -104,6 +176,17 @@ def preset_path(name_or_file: str) -> Path:
             raise ConfigError(f"there is no configuration file {path}", fix=f"presets: {', '.join(preset_names())}")
         return path
     raise unknown_name("preset", name_or_file, preset_names())
+
+
+def profile_overrides(name: str) -> list[str]:
+    """The "key=value" items of a profile.
+
+    Raises:
+        UnknownNameError: no profile has this name.
+    """
+    if name not in PROFILES:
+        raise unknown_name("profile", name, sorted(PROFILES))
+    return list(PROFILES[name])
 
 
 def described_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
