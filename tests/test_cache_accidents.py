@@ -26,7 +26,8 @@ from vlmx.cache_specs.ids import image_id
 from vlmx.cache_specs.manifest import MANIFEST, SEAL
 from vlmx.cache_specs.places import PARTIAL
 from vlmx.cache_specs.reader import TokenReader, open_cache
-from vlmx.cache_specs.writer import CacheWriter, Part, forget_shards
+from vlmx.cache_specs.settle import forget_shards
+from vlmx.cache_specs.writer import CacheWriter, Part
 from vlmx.errors import CacheCorruptError, CacheError, OutOfSpaceError
 
 

@@ -32,8 +32,9 @@ from vlmx.cache_specs.manifest import COMMITS, MANIFEST, _with_crc, is_sealed, r
 from vlmx.cache_specs.quantize import Quantization, calibrate
 from vlmx.cache_specs.reader import open_cache
 from vlmx.cache_specs.rubbish import find_rubbish
+from vlmx.cache_specs.settle import forget_shards, replace_shards
 from vlmx.cache_specs.spec import Codec, DType
-from vlmx.cache_specs.writer import CacheWriter, Part, forget_shards, replace_shards
+from vlmx.cache_specs.writer import CacheWriter, Part
 from vlmx.errors import CacheCorruptError, CacheError
 
 MANY = [image_id(b"many %d" % number) for number in range(30)]  # seven full shards and one of two images

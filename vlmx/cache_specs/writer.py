@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmx.cache_specs.claims import Part
-from vlmx.cache_specs.layout import ARRAY, GROUP, PROVENANCE, SHARDS, metadata, shard_key
+from vlmx.cache_specs.layout import PROVENANCE, shard_key
 from vlmx.cache_specs.manifest import (
     COMMITS,
     MANIFEST,
@@ -32,15 +31,15 @@ from vlmx.cache_specs.manifest import (
     commit_key,
     read_commits,
     read_manifest,
-    seal_content,
     shard_line,
 )
-from vlmx.cache_specs.places import PARTIAL, Place, place_of
+from vlmx.cache_specs.places import Place, place_of
 from vlmx.cache_specs.quantize import Quantization, QuantizationError
+from vlmx.cache_specs.settle import busy, fold, seal, tidy, unseal
 from vlmx.cache_specs.shards import write_shard
 from vlmx.cache_specs.sizing import image_bytes, images_per_shard
 from vlmx.cache_specs.spec import CacheSpec, TokenShape
-from vlmx.errors import CacheError, SpecMismatchError
+from vlmx.errors import SpecMismatchError
 
 SHARES_EACH = 8  # shares for each of several processes: who is faster, or comes later, takes more of them
 
@@ -114,7 +113,7 @@ class CacheWriter:
                 others = self._claims.others()
                 job = self._claims.job() if others else None
                 if others and (self._part.count == 1 or job is None or job["shares"] == 1):
-                    raise _busy(self.place, others)
+                    raise busy(self.place, others)
                 if not self.place.exists(MANIFEST):
                     slots = slots or images_per_shard(image_bytes(shape, spec.dtype), local=self.place.is_local)
                     scales = _scales(spec, shape, calibrate)
@@ -123,8 +122,8 @@ class CacheWriter:
                 manifest = read_manifest(self.place)
                 _require_same(self.place, manifest.header, spec, shape)
                 if job is None:
-                    _fold(self.place, manifest)
-                    _tidy(self.place, manifest)
+                    fold(self.place, manifest)
+                    tidy(self.place, manifest)
                     self._claims.clear()
                     job = {"shares": 1 if self._part.count == 1 else self._part.count * SHARES_EACH}
                     self._claims.set_job(job)
@@ -179,7 +178,7 @@ class CacheWriter:
             digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
             job = self._claims.job() or {"shares": self._shares}
             if job.setdefault("images", digest) != digest and (others := self._claims.others()):
-                raise _busy(self.place, others)
+                raise busy(self.place, others)
             self._claims.set_job({**job, "images": digest})
             self.refresh()
         pending = self.pending(ids)
@@ -283,7 +282,7 @@ class CacheWriter:
         assert (error is not None) == (self.spec.dtype == "int8")
 
         self._claims.still_mine()
-        _unseal(self.place)
+        unseal(self.place)
         absent = {slot for slot, image in enumerate(plan.ids) if image in failed}
         key = shard_key(plan.index)
         digest = write_shard(
@@ -311,9 +310,9 @@ class CacheWriter:
             if complete:
                 manifest = self.manifest
                 self._claims.still_mine()
-                _fold(self.place, manifest)
-                _tidy(self.place, manifest)
-                _seal(self.place, manifest)
+                fold(self.place, manifest)
+                tidy(self.place, manifest)
+                seal(self.place, manifest)
             for number in self._held:
                 self._claims.drop(number)
             self._held = set()
@@ -340,56 +339,6 @@ class CacheWriter:
                 self._known.update(shard.ids)
 
 
-def forget_shards(cache: str | Path | Place, indices: Collection[int]) -> None:
-    """Throw away shards of a cache, e.g. damaged ones: their images are pending again, and the cache is not sealed.
-
-    Raises:
-        CacheError: another process is writing this cache.
-        OutOfSpaceError: the disk is full; the old manifest is intact.
-    """
-    place = place_of(cache)
-    with alone(place):
-        manifest = read_manifest(place)
-        kept = {index: shard for index, shard in manifest.shards.items() if index not in indices}
-        left = Manifest(header=manifest.header, shards=kept)
-        _unseal(place)
-        _fold(place, left)
-        _tidy(place, left)
-
-
-def replace_shards(cache: str | Path | Place, records: Iterable[ShardRecord]) -> None:
-    """Put the records of shards that were made again in the place of the old ones; a sealed cache stays sealed.
-
-    Raises:
-        CacheError: another process is writing this cache.
-        OutOfSpaceError: the disk is full; the old manifest is intact.
-    """
-    place = place_of(cache)
-    with alone(place):
-        manifest = read_manifest(place)
-        sealed = place.exists(SEAL)
-        shards = {**manifest.shards, **{record.index: record for record in records}}
-        changed = Manifest(header=manifest.header, shards=dict(sorted(shards.items())))
-        _unseal(place)
-        _fold(place, changed)
-        if sealed:
-            _seal(place, changed)
-
-
-@contextmanager
-def alone(place: Place) -> Iterator[None]:
-    """While the block runs, nobody writes the cache at `place`.
-
-    Raises:
-        CacheError: another process is writing it.
-    """
-    claims = place.claims()
-    with claims.guard():
-        if others := claims.others():
-            raise _busy(place, others)
-        yield
-
-
 def _scales(spec: CacheSpec, shape: TokenShape, calibrate: Callable[[], Quantization] | None) -> Quantization | None:
     if spec.dtype != "int8":
         return None
@@ -397,25 +346,6 @@ def _scales(spec: CacheSpec, shape: TokenShape, calibrate: Callable[[], Quantiza
     scales = calibrate()
     assert scales.scale_D.shape == (shape.dim,), scales.scale_D.shape
     return scales
-
-
-def _busy(place: Place, others: Sequence[str]) -> CacheError:
-    return CacheError(
-        f"another process is writing {place.name}",
-        why=f"it is held by {', '.join(dict.fromkeys(others))}",
-        fix="wait until it has finished, or stop it; nothing is lost by stopping it",
-    )
-
-
-def _unseal(place: Place) -> None:
-    if place.exists(SEAL):
-        place.remove(SEAL)
-
-
-def _seal(place: Place, manifest: Manifest) -> None:
-    content = (json.dumps(seal_content(manifest), indent=1) + "\n").encode()
-    if not place.exists(SEAL) or place.read(SEAL) != content:
-        place.write(SEAL, content)
 
 
 def _require_same(place: Place, header: Header, spec: CacheSpec, shape: TokenShape) -> None:
@@ -428,27 +358,6 @@ def _require_same(place: Place, header: Header, spec: CacheSpec, shape: TokenSha
             why="; ".join(differences),
             fix="extract into another --out folder",
         )
-
-
-def _fold(place: Place, manifest: Manifest) -> None:
-    """Make the manifest file, and the zarr.json files, say what is committed; then their records are needed no more."""
-    for key, content in [(MANIFEST, manifest.to_bytes()), *metadata(manifest.header, manifest.num_rows)]:
-        if not place.exists(key) or place.read(key) != content:
-            place.write(key, content)
-    place.remove_tree(COMMITS)
-
-
-def _tidy(place: Place, manifest: Manifest) -> None:
-    """Remove what killed writers left behind; only when nobody else writes, or nothing is left to be written."""
-    for folder in ("", GROUP, ARRAY):
-        for name in place.names(folder):
-            if name.startswith(".") and name.endswith(".tmp"):
-                place.remove(f"{folder}/{name}".lstrip("/"))
-    place.remove_tree(PARTIAL)
-    committed = {str(index) for index in manifest.shards}
-    for name in place.names(SHARDS):
-        if name not in committed:
-            place.remove_tree(f"{SHARDS}/{name}")
 
 
 def _ranges(indices: Sequence[int]) -> list[list[int]]:

@@ -137,7 +137,7 @@ def repair(
     from vlmx.cache_specs import audit
     from vlmx.cache_specs.catalog import find
     from vlmx.cache_specs.findings import show, show_report
-    from vlmx.cache_specs.writer import forget_shards
+    from vlmx.cache_specs.settle import forget_shards
     from vlmx.console import note
     from vlmx.errors import CacheCorruptError
 

@@ -14,8 +14,9 @@ from vlmx.cache_specs.audit import Report, read_runs, wrong_metadata
 from vlmx.cache_specs.layout import metadata, shard_key
 from vlmx.cache_specs.manifest import Manifest, ShardRecord, read_manifest
 from vlmx.cache_specs.places import Place
+from vlmx.cache_specs.settle import alone, replace_shards
 from vlmx.cache_specs.shards import ShardDigest, write_shard
-from vlmx.cache_specs.writer import ShardPlan, alone, replace_shards
+from vlmx.cache_specs.writer import ShardPlan
 from vlmx.errors import CacheError
 from vlmx.extract.again import Run, batch_size_of, encode_again, rebuild, run_of
 from vlmx.extract.encode import EncodedShard
