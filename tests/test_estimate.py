@@ -44,6 +44,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(root / "one"), str(root / "two")]
 
 
+@pytest.fixture(autouse=True)
+def _stamps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files get stamps from their first moment on: whether a stamp file comes to be does not hang on the clock."""
+    monkeypatch.setattr("vlmx.extract.sources.source.SETTLED_NS", 0)
+
+
 def look(
     folders: list[str],
     root: Path,
