@@ -23,6 +23,7 @@ from vlmx.errors import (
     CacheError,
     SpecMismatchError,
     UnknownNameError,
+    UsageError,
 )
 
 
@@ -187,3 +188,26 @@ def test_a_forked_process_reads_with_its_own_files(cache: Path) -> None:
 def test_a_reader_can_be_sent_to_another_process(cache: Path) -> None:
     copy = pickle.loads(pickle.dumps(open_cache(cache)))
     np.testing.assert_array_equal(copy.read([IDS[8]])[0], tokens_of(IDS[8]))
+
+
+def test_what_a_reader_cannot_fill_or_does_not_know_is_refused(cache: Path) -> None:
+    reader = open_cache(cache)
+    for out in (np.empty((3, 6, 4), np.float16), np.empty((2, 6, 4), np.float32), np.empty((2, 4, 6), np.float16).mT):
+        with pytest.raises(ValueError, match="C-contiguous, is needed"):
+            reader.read(IDS[:2], out)
+    with pytest.raises(UsageError, match="verify is 'frist'"):
+        open_cache(cache, verify="frist")  # type: ignore[arg-type]
+
+
+def test_caches_that_differ_in_their_numbers_are_told_apart(tmp_path: Path) -> None:
+    write(tmp_path)
+    write(tmp_path, dtype="int8", codec="blosc")
+    with pytest.raises(CacheError, match="is more than one cache") as caught:
+        find(tmp_path, "vit-s")
+    assert "(float16, last)" in caught.value.why
+    assert "(int8, blosc, last)" in caught.value.why
+
+
+def test_a_home_folder_and_a_trailing_slash_are_understood(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(cache.parent))
+    assert find("~", cache.name + "/") == LocalPlace(cache)
