@@ -193,7 +193,7 @@ def test_a_killed_process_is_started_again_and_the_store_is_that_of_one(study: S
     assert err.count("has random weights") == 2  # at the beginning and at the end, by one process
     assert re.search(r"encode vit-mini-scenes  (\d+)/\1 images", err)  # of those missing when the first process came
     assert err.count("encode vit-mini-scenes  ") < PHOTOS // 4  # one bar
-    assert {str(run["part"]) for run in runs(root, study.spec)} == {"0/2", "1/2"}
+    assert {str(run["part"]) for run in runs(root, study.spec)} <= {"0/2", "1/2"}  # the first may have done all of it
 
 
 @pytest.mark.slow
@@ -266,7 +266,7 @@ def test_ranks_of_torchrun_make_the_store_of_one(study: Study, tmp_path: Path) -
     code, out, err = ended(study.start(root, launcher=torchrun))
     assert (code, out) == (0, study.spec.name + "\n"), err
     assert study.same(root)
-    assert {run["part"] for run in runs(root, study.spec)} == {"0/2", "1/2"}
+    assert {run["part"] for run in runs(root, study.spec)} <= {"0/2", "1/2"}
     assert err.count("different images") == 1
 
 

@@ -44,7 +44,9 @@ class Question:
         question_type: the class within which the answer prior is taken, e.g. "what color".
         answers: accepted answers of a text question.
         box: true box of a box question, x1 y1 x2 y2 in pixels of the source image.
-        image_wh: width and height of the source image in pixels.
+        image_wh: width and height of the source image in pixels; box questions always have it.
+        options: what the model may say, where the probabilities of the first token are asked for instead of a text, in
+            the order of the benchmark's rule: ("Yes", "No") for POPE, ("A", ..., "P") for TallyQA.
         object_boxes: all true objects of the image, the target included, in the same frame as `box`:
             what an answer "some object" is drawn from.
     """
@@ -57,5 +59,12 @@ class Question:
     question_type: str
     answers: tuple[str, ...] = ()
     box: Box | None = None
-    image_wh: tuple[int, int]
+    image_wh: tuple[int, int] | None = None
+    options: tuple[str, ...] = ()
     object_boxes: tuple[Box, ...] = ()
+
+    @property
+    def region(self) -> tuple[Box, tuple[int, int]]:
+        """What a box question is scored with: its true box and the size of its image."""
+        assert self.box is not None and self.image_wh is not None
+        return self.box, self.image_wh

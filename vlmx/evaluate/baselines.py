@@ -91,9 +91,7 @@ def mean_box(questions: Sequence[Question]) -> float:
 
 
 def _source_unit(question: Question) -> Box:
-    assert question.box is not None
-    width, height = question.image_wh
-    x1, y1, x2, y2 = question.box
+    (x1, y1, x2, y2), (width, height) = question.region
     return (x1 / width, y1 / height, x2 / width, y2 / height)
 
 

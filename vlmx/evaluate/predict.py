@@ -205,10 +205,10 @@ def _tokens(
 
 
 def table_name(benchmark: str) -> str:
-    """The data set whose image table has a benchmark's images: "mini" for the mini study, else the benchmark's name."""
-    from vlmx.data.mini.study import BENCHMARKS
+    """The data set whose image table has a benchmark's images."""
+    from vlmx.data.benchmarks import BENCHMARKS
 
-    return "mini" if benchmark in BENCHMARKS else benchmark
+    return BENCHMARKS.get(benchmark).table
 
 
 def _image_ids(questions: Sequence[Question], benchmark: str, caches: str | Path | Place) -> dict[str, str]:

@@ -127,13 +127,13 @@ def grade(
     """
     if question.kind == "text":
         return _grade_text(question, text, probabilities)
-    assert question.box is not None
+    truth, image_wh = question.region
     comparison = COMPARISON_OF[box_rule]
     answered = parse_box(text)
     if answered is None:
         none: dict[Comparison, float] = {"corrected": 0.0, "raw": 0.0}
         return Grade(question=question, text=text, value=0.0, valid=False, overlap=0.0, overlaps=none)
-    found = overlaps(answered, question.box, geometry, question.image_wh)
+    found = overlaps(answered, truth, geometry, image_wh)
     return Grade(
         question=question,
         text=text,
@@ -142,7 +142,7 @@ def grade(
         overlap=found[comparison],
         overlaps=found,
         box=convert_box(
-            answered, geometry, question.image_wh, "source_unit" if comparison == "raw" else "padded_unit", "source"
+            answered, geometry, image_wh, "source_unit" if comparison == "raw" else "padded_unit", "source"
         ),
     )
 

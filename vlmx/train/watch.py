@@ -21,8 +21,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from vlmx.cache_specs.geometry import Geometry, convert_box
 from vlmx.cache_specs.ids import ImageTable
 from vlmx.cache_specs.token_source import TokenSource
-from vlmx.data.benchmarks import expand, load_benchmark
-from vlmx.data.mini import study
+from vlmx.data.benchmarks import BENCHMARKS, expand, load_benchmark
 from vlmx.data.records import Box, Question
 from vlmx.errors import UsageError
 from vlmx.models.prompts import Prompt
@@ -78,7 +77,7 @@ class Watch:
         for name in watched(config):
             some = sorted(load_benchmark(name), key=lambda q: hashlib.sha256(q.id.encode()).hexdigest())
             some = some[: config.watch.limit]
-            dataset = "mini" if name in study.BENCHMARKS else name
+            dataset = BENCHMARKS.get(name).table
             table = ImageTable.open(reader.root, dataset)
             ids = {q.image: table.id_of(q.image) for q in some}
             reader.require(ids.values(), data=dataset)
@@ -165,8 +164,8 @@ def score(questions: Sequence[Question], texts: Sequence[str], geometry: Geometr
     pairs = [(q, _box_of(text)) for q, text in zip(questions, texts, strict=True) if q.kind == "box"]
     truths = []
     for question, _ in pairs:
-        assert question.box is not None
-        truths.append(convert_box(question.box, geometry, question.image_wh, "source", "padded_unit"))
+        truth, image_wh = question.region
+        truths.append(convert_box(truth, geometry, image_wh, "source", "padded_unit"))
     hits = [[box is not None and _iou(box, truth) >= 0.5 for truth in truths] for _, box in pairs]
     own = sum(row[number] for number, row in enumerate(hits))
     others = sum(map(sum, hits)) - own

@@ -21,7 +21,7 @@ class Sample:
         question: the user's message without the sentences that every question of its kind carries.
         truth: the right answer as text.
         picture: data URI of the image; empty if the image is not at hand.
-        image_wh: size of the image in pixels.
+        image_wh: size of the image in pixels, where it is known.
         box: the true box in pixels of the source image; None for text questions.
         grades: by run name.
     """
@@ -30,7 +30,7 @@ class Sample:
     question: str
     truth: str
     picture: str
-    image_wh: tuple[int, int]
+    image_wh: tuple[int, int] | None
     box: Box | None
     grades: Mapping[str, Grade]
 
@@ -85,7 +85,5 @@ def _sample(question: Question, grades: Mapping[str, Grade]) -> Sample:
 
 
 def _box_text(question: Question) -> str:
-    assert question.box is not None
-    width, height = question.image_wh
-    x1, y1, x2, y2 = question.box
+    (x1, y1, x2, y2), (width, height) = question.region
     return f"[{x1 / width:.2f}, {y1 / height:.2f}, {x2 / width:.2f}, {y2 / height:.2f}]"
