@@ -66,5 +66,6 @@ class Question:
     @property
     def region(self) -> tuple[Box, tuple[int, int]]:
         """What a box question is scored with: its true box and the size of its image."""
-        assert self.box is not None and self.image_wh is not None
+        assert self.box is not None
+        assert self.image_wh is not None
         return self.box, self.image_wh
