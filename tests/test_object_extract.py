@@ -229,7 +229,7 @@ def test_reads_wait_for_one_request_and_not_for_many(
     from zarr.storage import ObjectStore
 
     place = fill(root)
-    delay_s = 0.05
+    delay_s = 0.2
     with slow_network(server.endpoint, delay_s) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         bucket_of.cache_clear()
@@ -251,7 +251,7 @@ def test_reads_wait_for_one_request_and_not_for_many(
 
 def read_until(source: TokenSource, folder: Path, copies: int) -> None:
     """Read everything until so many shards are copied."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(list(folder.glob("*/*.shard"))) < copies:
         np.testing.assert_array_equal(source.read(GOOD), good_tokens())
         assert time.monotonic() < deadline
@@ -314,7 +314,7 @@ def test_a_full_disk_keeps_reads_remote(root: str, tmp_path: Path, capsys: pytes
 
 def wait_for_note(why: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The line that says that shards are not copied any more."""
-    said, deadline = "", time.monotonic() + 5
+    said, deadline = "", time.monotonic() + 60
     while "are copied, they are read remotely" not in said and time.monotonic() < deadline:
         time.sleep(0.02)
         said += capsys.readouterr().err

@@ -171,7 +171,7 @@ def test_reports_reach_other_processes(root: str) -> None:
             assert claims.take(share)
     one.report(5)
     two.report(7)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (one.reports(), two.reports()) != (12, 12) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (one.reports(), two.reports()) == (12, 12)
@@ -255,7 +255,7 @@ def test_a_store_that_cannot_be_reached_is_said_soon(root: str, monkeypatch: pyt
     with pytest.raises(BackendError, match="cannot be reached") as caught:
         place_of(root).names()
     assert "AWS_ENDPOINT_URL is http://127.0.0.1:9" in caught.value.why
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "s3://"])
@@ -340,4 +340,4 @@ def test_the_network_of_these_tests_is_slow(server: S3Server, monkeypatch: pytes
         started = time.monotonic()
         for _ in range(4):
             assert place.read("a") == b"a"
-        assert 0.2 < time.monotonic() - started < 2
+        assert time.monotonic() - started > 0.2
