@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "vlmx.serve.export_command:export",
     "cache": "vlmx.extract.cache_commands:cache",
     "profile": "vlmx.serve.profile_command:profile",
+    "data": "vlmx.data.command:data",
     "weights": "vlmx.extract.weights.command:weights",
     "list": "vlmx.serve.command:list_",
     "doctor": "vlmx.serve.command:doctor",

@@ -31,7 +31,7 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # VQA-v2 has 214,354 of them
 class Question:
     """One question of a benchmark.
 
