@@ -278,12 +278,12 @@ def test_recorded_sources_are_found_from_any_folder(
         recipe(["list.json"], image_root=Path("photos"), name="listed"),
         recipe(["mini", "photos"], limit=2),
         {"unreadable": "{"},
-        recipe([str(tmp_path / "gone")]),
+        recipe([str(tmp_path / "gone"), "photos"]),  # the one is found without the other
     ]
     runs = json.loads(json.dumps(runs))
     monkeypatch.chdir(tmp_path)
     found = [(source.name, [record.key for record in source.records()]) for source in reopen(runs)]
-    assert [(name, len(keys)) for name, keys in found] == [("mini", 2), ("photos", 2), ("listed", 1)]
+    assert [(name, len(keys)) for name, keys in found] == [("photos", 10), ("mini", 2), ("photos", 2), ("listed", 1)]
     assert capsys.readouterr().err.count("gone") == 2  # in what and why of one warning
 
 
@@ -301,6 +301,19 @@ def test_what_the_command_extracted_is_found_again_without_being_told(
     result = run(cache, "repair")
     assert result.exit_code == 0, result.output
     assert content(cache) == before
+
+
+def test_images_that_were_all_there_already_are_found_where_they_were(
+    home: Path, cache: Path, vit: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = len((cache / "provenance.jsonl").read_text().splitlines())
+    shutil.copytree(home / "photos", home / "again")
+    again = str(home / "again")
+    for _ in range(2):  # recorded once
+        extract(vit, [open_source(again)], root=home / "caches", threads=1, recipe=recipe([again]))
+    assert len((cache / "provenance.jsonl").read_text().splitlines()) == before + 1
+    shutil.rmtree(home / "photos")
+    assert printed(run(cache, "probe", "--json"))["distance"]["images"] == 9
 
 
 def test_the_group_is_light_to_import() -> None:

@@ -134,6 +134,9 @@ def test_missing_images_are_counted_and_the_command_named(cache: Path) -> None:
     assert "vlmx extract --backbone vit-s-in21k --res 32x48 --weights random:0 --data photos/" in caught.value.fix
     with pytest.raises(CacheError, match="1 of 1 images"):
         reader.read([strangers[0]])
+    with pytest.raises(CacheError) as caught:
+        reader.require([BROKEN], data="photos/")
+    assert caught.value.fix.startswith("leave them out, or put readable files in their place and give vlmx extract")
 
 
 def test_names_prefixes_paths_and_near_misses(tmp_path: Path) -> None:

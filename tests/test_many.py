@@ -228,6 +228,13 @@ def test_an_error_that_all_processes_meet_is_told_once(tmp_path: Path) -> None:
     assert [line.split()[0] for line in command.stderr.splitlines()] == ["error", "why", "fix"]
 
 
+def test_what_the_system_refuses_to_all_processes_is_told_once(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, _, err = ended(study.start(tmp_path / "file" / "caches", "--nproc", "2"))
+    assert (code, err.count("error ")) == (1, 1), err
+    assert "the system does not let vlmx read or write there" in err
+
+
 def test_processes_that_all_die_again_and_again_end_with_a_summary(study: Study, tmp_path: Path) -> None:
     parent = study.start(study.prepare(tmp_path), "--nproc", "2")
     while parent.poll() is None:

@@ -104,6 +104,15 @@ def test_text_only_rows_give_the_connector_gradients_of_zero(vlm, prompt):
     assert vlm.llm.get_output_embeddings().weight.grad.any()
 
 
+def test_text_only_rows_may_be_shorter_than_an_image(vlm):
+    short = batch_of([([0, 5, 6], [IGNORED, 5, 6])], [None])[0]
+    longer = batch_of([([0, 5, 6, *[0] * 9], [IGNORED, 5, 6, *[IGNORED] * 9])], [None])[0]
+    loss = vlm(short)
+    assert loss.item() == pytest.approx(vlm(longer).item(), rel=1e-6)
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in vlm.connector.parameters())
+
+
 def test_nothing_learned_is_a_loss_of_zero(vlm, prompt):
     ids = prompt.encode_question("what?")
     batch, _ = batch_of([(ids, [IGNORED] * len(ids))], [0])

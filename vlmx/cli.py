@@ -10,7 +10,7 @@ import traceback
 import click
 
 from vlmx.console import show_error
-from vlmx.errors import VlmxError
+from vlmx.errors import VlmxError, of_system
 
 COMMANDS = {
     "demo": "vlmx.serve.command:demo",
@@ -101,13 +101,7 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if debug:
             traceback.print_exc()
-        show_error(
-            VlmxError(
-                f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
-                why="the system does not let vlmx read or write there",
-                fix="check the path, its permissions and its disk",
-            )
-        )
+        show_error(of_system(error))
         sys.exit(1)
     except Exception as error:  # noqa: BLE001  the one place where a bug of ours becomes a message
         if debug:

@@ -36,6 +36,15 @@ class VlmxError(Exception):
         return "; ".join(part for part in (self.what, self.why, self.fix) if part)
 
 
+def of_system(error: OSError) -> VlmxError:
+    """What the operating system refused, as an error for users."""
+    return VlmxError(
+        f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+        why="the system does not let vlmx read or write there",
+        fix="check the path, its permissions and its disk",
+    )
+
+
 class UsageError(VlmxError):
     """The command line asks for something that cannot be done."""
 

@@ -117,14 +117,18 @@ def verify(cache: str | Path | Place, *, full: bool, threads: int | None = None)
         failed=len(manifest.failed),
         bytes=sum(shard.bytes for index, shard in manifest.shards.items() if index not in damaged),
         damaged=damaged,
-        # a cache that is being filled has the length of an earlier moment in them
-        metadata=wrong_metadata(place, manifest) if sealed else {},
+        metadata=wrong_metadata(place, manifest, sealed=sealed),
         problems=tuple(problems),
     )
 
 
-def wrong_metadata(place: Place, manifest: Manifest) -> dict[str, str]:
-    """Files of the Zarr group, other than shards, that are not what the manifest calls for -> why."""
+def wrong_metadata(place: Place, manifest: Manifest, *, sealed: bool = True) -> dict[str, str]:
+    """Files of the Zarr group, other than shards, that are not what the manifest calls for -> why.
+
+    Args:
+        sealed: False for a cache that is being filled: its files have the length of an earlier moment in them, and are
+            only looked for.
+    """
     wrong = {}
     for key, expected in metadata(manifest.header, manifest.num_rows):
         try:
@@ -132,7 +136,7 @@ def wrong_metadata(place: Place, manifest: Manifest) -> dict[str, str]:
         except FileNotFoundError:
             wrong[key] = "it does not exist"
             continue
-        if found != expected and not (key.endswith(".json") and _same_json(found, expected)):
+        if sealed and found != expected and not (key.endswith(".json") and _same_json(found, expected)):
             wrong[key] = "it does not describe what the manifest says"
     return wrong
 

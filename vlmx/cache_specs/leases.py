@@ -110,16 +110,19 @@ class LeaseClaims(Claims):
 
     def others(self) -> list[str]:
         now = self._guard_time()
-        found = []
+        silent_s: dict[str, float] = {}  # a holder has a lease for each of its shares
         for name in self._place.names(WRITERS):
             key = f"{WRITERS}/{name}"
             if not name.endswith(".lease") or key in self._leases:
                 continue
             seen = self._look(key)
             if seen is not None and self._alive(seen, now):
-                silent_s = (now - seen.modified).total_seconds()
-                found.append(f"{seen.holder} (seen {silent_s:.0f} s ago, given up after {self._stale_s:.0f} s)")
-        return found
+                since_s = (now - seen.modified).total_seconds()
+                silent_s[seen.holder] = min(since_s, silent_s.get(seen.holder, since_s))
+        return [
+            f"{holder} (seen {since_s:.0f} s ago, given up after {self._stale_s:.0f} s)"
+            for holder, since_s in silent_s.items()
+        ]
 
     def still_mine(self) -> None:
         # on a thread of its own: a shard asks while it is being uploaded, on a thread of the library, which must not

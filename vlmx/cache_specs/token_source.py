@@ -184,8 +184,15 @@ class TokenSource(ABC):
                 f"{len(ids)} of {len(wanted)} images are not in cache {part.name}" for part, ids in lacking.items()
             ),
             why="; ".join(_examples(part, missing) for part, missing in lacking.items()),
-            fix=f"{extract_commands(lacking, data or 'DATA')} adds them, and encodes nothing twice",
+            fix=_fix(lacking, data or "DATA"),
         )
+
+
+def _fix(lacking: Mapping[TokenReader, Sequence[str]], data: str) -> str:
+    commands = extract_commands(lacking, data)
+    if all(image in part.failed for part, missing in lacking.items() for image in missing):
+        return f"leave them out, or put readable files in their place and give {commands}"
+    return f"{commands} adds them, and encodes nothing twice"
 
 
 def _examples(part: TokenReader, missing: Sequence[str]) -> str:

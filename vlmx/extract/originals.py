@@ -17,7 +17,7 @@ from vlmx.cache_specs.places import Place
 from vlmx.console import note, progress, warn
 from vlmx.data.published import DATA_ROOT, PUBLISHED
 from vlmx.errors import BackendError, DataError
-from vlmx.extract.sources.opening import MINI, open_sources
+from vlmx.extract.sources.opening import MINI, SourceOptions, open_again
 from vlmx.extract.sources.patterns import is_remote, split_data
 from vlmx.extract.sources.source import ImageRecord, ImageSource
 
@@ -161,13 +161,18 @@ def reopen(runs: Sequence[Mapping[str, Any]]) -> Iterator[ImageSource]:
         if images is None or images in seen:
             continue
         seen.append(images)
-        folders = {option: Path(images[option]) if images[option] else None for option in ("image_root", "data_root")}
-        try:
-            sources = open_sources(**{**images, **folders})
-        except (DataError, BackendError) as error:
-            warn(f"{error.what}: {error.why}")
-            continue
-        yield from sources
+        options = SourceOptions(
+            image_root=Path(images["image_root"]) if images["image_root"] else None,
+            data_root=Path(images["data_root"] or DATA_ROOT),
+            image_column=images["image_column"],
+        )
+        for text in images["data"]:
+            try:
+                source = open_again(text, images["name"], options, images["limit"])
+            except (DataError, BackendError) as error:
+                warn(f"{error.what}: {error.why}")
+                continue
+            yield source
 
 
 def _absolute(path: str | Path | None) -> str | None:

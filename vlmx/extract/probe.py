@@ -85,7 +85,8 @@ def probe(
         )
     backbone = rebuild(header.spec, runs, weights)
     plan = ShardPlan(index=0, ids=tuple(present))
-    batch_size = batch_size_of(backbone, runs[-1] if runs else {})
+    made = [run for run in runs if run.get("shards")]  # others found everything there
+    batch_size = batch_size_of(backbone, made[-1] if made else {})
     (now,) = encode_again(backbone, header, [plan], loads, {}, batch_size=batch_size, threads=threads)
     if now.failed:
         raise DataError(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import features
 
+from vlmx.cache_specs.audit import read_runs
 from vlmx.cache_specs.claims import Part
 from vlmx.cache_specs.ids import ImageTable, image_id
 from vlmx.cache_specs.manifest import MANIFEST
@@ -178,6 +179,8 @@ def extract(
             if plan.shards:
                 with JobBar(writer, plan.new, alone=part.count == 1) as bar:
                     run.work(writer, plan, pool, interrupt, bar, stay=stay)
+            elif part.index == 0:
+                run.record_sources(writer)
             sealed = writer.seal()
             manifest = writer.manifest
         reasons = manifest.failed
@@ -336,6 +339,12 @@ class _Run:
         stored = len(shard.plan.ids) - len(shard.failed)
         self.encoded += stored
         self.written_bytes += shard.tokens_SND[0].nbytes * stored
+
+    def record_sources(self, writer: CacheWriter) -> None:
+        """Nothing is left to encode: keep where these images are all the same, for `probe` and `repair`."""
+        known = [earlier.get("images") for earlier in read_runs(writer.place)]
+        if self.recipe.get("images") not in known:
+            writer.begin_run(self._provenance(), ())
 
     def _provenance(self) -> dict[str, Any]:
         """How these tokens are made, as far as it is not meant to change them."""

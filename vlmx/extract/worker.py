@@ -21,7 +21,7 @@ import click
 
 from vlmx.cache_specs.claims import Part
 from vlmx.console import be_quiet, warn
-from vlmx.errors import UsageError, VlmxError
+from vlmx.errors import UsageError, VlmxError, of_system
 
 if TYPE_CHECKING:
     import torch
@@ -85,12 +85,13 @@ class Worker:
         threading.Thread(target=_stop_after, args=(self.descriptor,), daemon=True).start()
         try:
             yield
-        except VlmxError as error:
+        except (VlmxError, OSError) as problem:
             if debug:
                 raise
+            error = of_system(problem) if isinstance(problem, OSError) else problem
             told = {"what": error.what, "why": error.why, "fix": error.fix, "code": error.exit_code}
             _tell(self.descriptor, {"error": told, "kind": type(error).__name__})
-            raise click.exceptions.Exit(error.exit_code) from error
+            raise click.exceptions.Exit(error.exit_code) from problem
 
 
 def worker_of(environ: Mapping[str, str]) -> Worker:

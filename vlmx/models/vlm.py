@@ -152,8 +152,9 @@ class VLM(nn.Module):
         dtype = _dtype_of(self.connector)
         visual_UND = to_floats(batch.visual_UND, dtype, scale_D=batch.scale_D, offset_D=batch.offset_D)
         visual_UNE = self.connector(visual_UND).to(embeds_BTE.dtype)
-        end = self.visual_at + visual_UNE.shape[1]
-        embeds_BTE[batch.image_rows, self.visual_at : end] = visual_UNE[batch.image_of_row]
+        places_BNE = embeds_BTE[:, self.visual_at : self.visual_at + visual_UNE.shape[1]]
+        # rows of text alone may be shorter than an image
+        places_BNE[batch.image_rows] = visual_UNE[batch.image_of_row, : places_BNE.shape[1]]
         return embeds_BTE
 
     def _prompt_groups(

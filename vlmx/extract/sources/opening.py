@@ -96,6 +96,18 @@ def open_source(data: str, image_root: Path | None = None, name: str | None = No
     return source
 
 
+def open_again(data: str, name: str | None, options: SourceOptions, limit: int | None) -> ImageSource:
+    """One of the sources that `open_sources` opened together once, where not all options need to be for this one.
+
+    Raises:
+        DataError, BackendError: as `open_sources`.
+    """
+    if data in PUBLISHED:
+        require([PUBLISHED[data]], options.data_root)
+    _, source = _open(data, name, options)
+    return source if limit is None else source.first(limit)
+
+
 def _open(data: str, name: str | None, options: SourceOptions) -> tuple[Kind, ImageSource]:
     """One source and its kind. A name goes before a folder of the same name, which is given as "./gqa" or "gqa/"."""
     path = Path(data)
