@@ -239,7 +239,8 @@ def test_extract_train_predict_and_report_with_two_encoders(tmp_path: Path, caps
 
     from vlmx.data.mini import study
     from vlmx.evaluate.answers import answers_path, read_answers
-    from vlmx.evaluate.command import evaluate, report
+    from vlmx.evaluate.command import evaluate
+    from vlmx.evaluate.report.command import report
     from vlmx.extract.backbones.base import build_backbone
     from vlmx.extract.runner import extract
     from vlmx.extract.sources import ImageRecord, ImageSource

@@ -65,3 +65,15 @@ def test_pairing_takes_out_what_both_find_hard() -> None:
     back = paired_difference(second.tolist(), first.tolist(), images)
     assert back.value == -ahead.value
     assert back.interval95 == pytest.approx((-ahead.interval95[1], -ahead.interval95[0]))
+
+
+def test_strata_may_have_weights() -> None:
+    values = [1.0] * 8 + [0.0] * 2
+    strata = ["big"] * 8 + ["small"] * 2
+    images = [str(n) for n in range(10)]
+    found = estimate(values, images, strata=strata, weights={"big": 3, "small": 1})
+    assert found.value == 0.75
+    assert found.interval95 == (0.75, 1.0)
+    assert estimate(values, images, strata=strata, weights={"big": 8, "small": 2}).value == 0.8
+    ahead = paired_difference(values, [0.0] * 10, images, strata=strata, weights={"big": 3, "small": 1})
+    assert ahead == found

@@ -1,7 +1,8 @@
 """Are answers kept through crashes, subsets and reruns, and does the control show every question another image?"""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from vlmx.data.mini import study
 from vlmx.data.records import Question
 from vlmx.errors import DataError, RunError
-from vlmx.evaluate.answers import Answer, AnswerFile, Header, answered_benchmarks, answers_path, read_answers
-from vlmx.evaluate.predict import predict_benchmark, shuffled_images, subset, table_name
+from vlmx.evaluate.answers import PARTS, Answer, AnswerFile, Header, answered_benchmarks, answers_path, read_answers
+from vlmx.evaluate.groups import Group, default_batch_size, groups_of, questions_sha256, shuffled_images, subset
+from vlmx.evaluate.many import Worker
+from vlmx.evaluate.predict import answer_benchmark, plan_benchmark, table_name
 from vlmx.runs import RunFolder
 
 QUESTIONS = study.questions("mini-read")[:30]
@@ -28,19 +31,39 @@ def header(**fields: object) -> Header:
         "encoder_weights": "ab" * 32,
         "geometry": {"mode": "letterbox", "height": 64, "width": 64, "fill": [0, 0, 0], "resampling": "bicubic"},
         "prompt_format": "plain",
+        "batch_size": 4,
     }
     return Header(**{**values, **fields})  # type: ignore[arg-type]
 
 
 class Echo:
-    """Answers each prompt with the image that it was shown, and counts."""
+    """Answers each question with the image that it was shown, and counts; a power cut comes after so many groups."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, groups: int | None = None) -> None:
         self.asked: list[str] = []
+        self.groups = groups
 
-    def __call__(self, prompts: Sequence[str], images: Sequence[str]) -> list[str]:
-        self.asked += images
-        return list(images)
+    def __call__(self, groups: Sequence[Group]) -> Iterator[list[Answer]]:
+        for number, group in enumerate(groups):
+            if number == self.groups:
+                raise KeyboardInterrupt
+            self.asked += [question.id for question in group.questions]
+            yield [
+                Answer(id=q.id, image=image, prompt=q.prompt, text=image)
+                for q, image in zip(group.questions, group.images, strict=True)
+            ]
+
+
+def ask(
+    path: Path, asked_with: Header, echo: Echo, questions: Sequence[Question] = QUESTIONS, worker: Worker | None = None
+) -> bool:
+    part = plan_benchmark(path, asked_with, questions, worker)
+    try:
+        return answer_benchmark(part, echo, control=asked_with.control)
+    except KeyboardInterrupt:
+        return False
+    finally:
+        part.work.close()
 
 
 def test_a_subset_is_fixed_nested_and_in_order() -> None:
@@ -52,6 +75,30 @@ def test_a_subset_is_fixed_nested_and_in_order() -> None:
     assert small != QUESTIONS[:5]
 
 
+def many(benchmark: str, kinds: Sequence[str]) -> list[Question]:
+    return [
+        Question(
+            id=f"{n}",
+            benchmark=benchmark,
+            image=f"{n % 7}",
+            prompt="?",
+            kind="text",
+            question_type=kind,
+            answers=("a",),
+        )
+        for n, kind in enumerate(kinds)
+    ]
+
+
+def test_slim_is_1024_of_each_part() -> None:
+    kinds = ["random"] * 1500 + ["popular"] * 1100 + ["adversarial"] * 900
+    pope = subset(many("pope", kinds), None, slim=True)
+    assert Counter(q.question_type for q in pope) == {"random": 1024, "popular": 1024, "adversarial": 900}
+    numbers = [int(q.id) for q in pope]
+    assert numbers == sorted(set(numbers))  # in the benchmark's order
+    assert len(subset(many("vqav2", kinds), None, slim=True)) == 1024  # its question types are no parts
+
+
 def test_the_control_moves_every_image() -> None:
     other = shuffled_images(QUESTIONS)
     assert all(image != shown for image, shown in other.items())
@@ -61,88 +108,264 @@ def test_the_control_moves_every_image() -> None:
         shuffled_images(QUESTIONS[:1])
 
 
-def test_answers_are_kept_and_a_rerun_asks_nothing(tmp_path: Path) -> None:
-    path, echo = tmp_path / "answers.jsonl", Echo()
-    assert predict_benchmark(path, header(limit=10), QUESTIONS, echo, batch_size=4) == 10
-    assert predict_benchmark(path, header(), QUESTIONS, echo, batch_size=4) == 20
-    assert predict_benchmark(path, header(), QUESTIONS, echo, batch_size=7) == 0
-    assert sorted(echo.asked) == sorted(q.image for q in QUESTIONS)
+def test_groups_keep_images_together_and_lengths_apart() -> None:
+    questions = study.questions("mini-attribute")[:80]
+    groups = groups_of(questions, 16)
+    assert sorted(q.id for group in groups for q in group.questions) == sorted(q.id for q in questions)
+    assert max(len(group.questions) for group in groups) == 16
+    assert [group.number for group in groups] == list(range(len(groups)))
+    homes = Counter(image for group in groups for image in set(group.images))
+    per_image = Counter(q.image for q in questions)
+    assert all(homes[image] == 1 for image in per_image if per_image[image] <= 16)
+    longest = [max(len(q.prompt) for q in group.questions) for group in groups]
+    assert longest == sorted(longest)
+    assert groups == groups_of(questions, 16)
+    assert all(len(group.questions) == 1 for group in groups_of(questions, 1))
+
+
+def test_an_image_with_many_questions_is_divided() -> None:
+    one = many("vqav2", ["a"] * 70)
+    assert [len(group.questions) for group in groups_of(one, 8)] == [8, 2] * 7
+    assert groups_of([], 8) == []
+
+
+def test_options_and_texts_are_not_asked_together() -> None:
+    questions = [
+        Question(
+            id=f"{n}",
+            benchmark="b",
+            image="i",
+            prompt="?",
+            kind="text",
+            question_type="t",
+            options=("A", "B")[: n % 2 * 2],
+        )
+        for n in range(6)
+    ]
+    groups = groups_of(questions, 8)
+    assert [[bool(q.options) for q in group.questions] for group in groups] == [[False] * 3, [True] * 3]
+
+
+def test_long_images_go_in_small_batches() -> None:
+    assert [default_batch_size(tokens) for tokens in (64, 196, 1024, 4150, 10**6)] == [64, 64, 53, 15, 1]
+
+
+def test_a_finished_file_is_in_the_benchmarks_order_and_a_rerun_asks_nothing(tmp_path: Path) -> None:
+    path, echo = tmp_path / "b/answers.jsonl", Echo()
+    assert ask(path, header(), echo)
     stored, answers = read_answers(path)
     assert stored == header()
-    assert {(a.id, a.prompt, a.text) for a in answers} == {(q.id, q.prompt, q.image) for q in QUESTIONS}
+    assert [(a.id, a.image, a.prompt, a.text) for a in answers] == [
+        (q.id, q.image, q.prompt, q.image) for q in QUESTIONS
+    ]
+    whole = path.read_bytes()
+    assert not ask(path, header(), echo)
+    assert not ask(path, header(batch_size=7), echo)
+    assert not ask(path, header(limit=5), echo)  # is part of what is there
+    assert path.read_bytes() == whole
+    assert Counter(echo.asked) == Counter(q.id for q in QUESTIONS)
+    assert not (path.parent / PARTS).exists()
+
+
+@pytest.mark.parametrize("groups", range(9))
+def test_every_interruption_ends_with_the_same_bytes(tmp_path: Path, groups: int) -> None:
+    whole, path = tmp_path / "whole/answers.jsonl", tmp_path / "b/answers.jsonl"
+    ask(whole, header(), Echo())
+    first, second = Echo(groups=groups), Echo()
+    ask(path, header(), first)
+    if first.asked and not path.exists():
+        stored, answers = read_answers(path)  # what there is can be looked at
+        assert (stored, sorted(a.id for a in answers)) == (header(), sorted(first.asked))
+    ask(path, header(), second)
+    assert path.read_bytes() == whole.read_bytes()
+    assert Counter([*first.asked, *second.asked]) == Counter(q.id for q in QUESTIONS)
+
+
+@pytest.mark.parametrize("cut", [1, 30, 200, 500, 900])
+def test_a_group_that_was_written_in_part_is_done_again(tmp_path: Path, cut: int) -> None:
+    whole, path = tmp_path / "whole/answers.jsonl", tmp_path / "b/answers.jsonl"
+    ask(whole, header(), Echo())
+    ask(path, header(), Echo(groups=4))
+    (part,) = (path.parent / PARTS).glob("*/*.jsonl")
+    part.write_bytes(part.read_bytes()[:-cut])
+    echo = Echo()
+    ask(path, header(), echo)
+    assert path.read_bytes() == whole.read_bytes()
+    groups = groups_of(QUESTIONS, 4)
+    again = {q.id for group in groups for q in group.questions if q.id in echo.asked}
+    assert again == set(echo.asked)
+    assert all({q.id for q in g.questions} <= again or not {q.id for q in g.questions} & again for g in groups)
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, count: int) -> None:
+    whole, path = tmp_path / "whole/answers.jsonl", tmp_path / "b/answers.jsonl"
+    ask(whole, header(), Echo())
+    ask(path, header(), Echo(groups=2))  # begun by one
+    echoes = [Echo() for _ in range(count)]
+    echoes[0].groups = 1  # one of many dies
+    last = [ask(path, header(), echo, worker=Worker(index=i, count=count)) for i, echo in enumerate(echoes)]
+    if any(last):
+        assert count == 20  # the one that died had nothing else to do
+    else:
+        assert ask(path, header(), Echo())
+    assert path.read_bytes() == whole.read_bytes()
+    asked = [name for echo in echoes for name in echo.asked]
+    assert len(asked) == len(set(asked))
+
+
+def test_the_last_of_several_benchmarks_is_told(tmp_path: Path) -> None:
+    parts = [
+        [
+            plan_benchmark(tmp_path / name / "answers.jsonl", header(), QUESTIONS, Worker(index=i, count=2))
+            for name in ("a", "b")
+        ]
+        for i in range(2)
+    ]
+    order = [(0, 0), (1, 1), (0, 1), (1, 0)]  # which process ends which benchmark
+    told = [answer_benchmark(parts[i][j], Echo(), parts=parts[i]) for i, j in order]
+    assert told == [False, False, False, True]
+
+
+def test_a_second_process_at_the_same_work_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "b/answers.jsonl"
+    first = plan_benchmark(path, header(), QUESTIONS)
+    with pytest.raises(RunError, match="another process is answering 'mini-read'"):
+        plan_benchmark(path, header(), QUESTIONS)
+    with pytest.raises(RunError, match="another process"):
+        plan_benchmark(path, header(model="m2"), QUESTIONS)  # would remove what that one writes
+    first.work.close()
+    assert ask(path, header(), Echo())
+
+
+def test_a_short_look_does_not_cost_what_a_long_evaluation_has_done(tmp_path: Path) -> None:
+    path, first, second = tmp_path / "b/answers.jsonl", Echo(groups=5), Echo()
+    ask(path, header(), first)
+    assert ask(path, header(limit=3), Echo())
+    assert (read_answers(path)[0].limit, len(read_answers(path)[1])) == (3, 3)
+    assert ask(path, header(), second)
+    assert read_answers(path)[0].limit is None
+    assert Counter([*first.asked, *second.asked]) == Counter(q.id for q in QUESTIONS)
+    assert sorted(each.name for each in path.parent.iterdir()) == ["answers.jsonl"]
 
 
 def test_the_control_is_recorded_with_the_image_that_was_shown(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    predict_benchmark(path, header(control="shuffled", limit=8), QUESTIONS, Echo())
-    stored, answers = read_answers(path)
+    path = tmp_path / "b/answers.jsonl"
+    ask(path, header(control="shuffled", limit=8), Echo())
+    _, answers = read_answers(path)
     other, image_of = shuffled_images(QUESTIONS), {q.id: q.image for q in QUESTIONS}
-    assert stored.control == "shuffled"
     assert [a.text for a in answers] == [a.image for a in answers] == [other[image_of[a.id]] for a in answers]
 
 
-def test_a_torn_last_line_is_dropped_and_asked_again(tmp_path: Path) -> None:
-    path, echo = tmp_path / "answers.jsonl", Echo()
-    predict_benchmark(path, header(), QUESTIONS, echo)
+def test_damage_elsewhere_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "b/answers.jsonl"
+    with pytest.raises(RunError, match="no answers at"):
+        read_answers(path)
+    ask(path, header(), Echo())
     whole = path.read_bytes()
-    path.write_bytes(whole[:-17])
-    assert len(read_answers(path)[1]) == len(QUESTIONS) - 1
-    assert predict_benchmark(path, header(), QUESTIONS, echo) == 1
-    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
-    path.write_bytes(whole[:20])  # torn within the header
-    assert predict_benchmark(path, header(), QUESTIONS, echo) == len(QUESTIONS)
+    lines = whole.decode().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
+    with pytest.raises(RunError, match=r"damaged.*line 2 is not JSON"):
+        ask(path, header(), Echo())
+    path.write_bytes(whole[:20])  # torn within the header, by another version
+    ask(path, header(), Echo())
     assert path.read_bytes() == whole
 
 
-def test_damage_elsewhere_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    with pytest.raises(RunError, match="no answers at"):
-        read_answers(path)
-    predict_benchmark(path, header(), QUESTIONS, Echo())
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
-    with pytest.raises(RunError, match=r"damaged.*line 2 is not JSON"):
-        predict_benchmark(path, header(), QUESTIONS, Echo())
-
-
-@pytest.mark.parametrize("changed", [{"model": "m2"}, {"fingerprint": "g"}, {"questions": 31}])
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"model": "m2"}, "another model"),
+        ({"fingerprint": "g"}, "another fingerprint"),
+        ({"questions": 31}, "another questions"),
+        ({"wording": "paper", "dtype": "bf16"}, "another wording, dtype"),
+        ({"questions_sha256": "cd"}, "another questions sha256"),
+    ],
+)
+@pytest.mark.parametrize("groups", [None, 3])
 def test_answers_of_another_model_are_replaced_and_said_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, object]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, object], why: str, groups: int | None
 ) -> None:
-    path = tmp_path / "answers.jsonl"
-    predict_benchmark(path, header(), QUESTIONS, Echo())
-    predict_benchmark(path, header(**changed, limit=3), QUESTIONS, Echo())
+    path = tmp_path / "b/answers.jsonl"
+    ask(path, header(questions_sha256="ab"), Echo(groups=groups))
+    count = len(read_answers(path)[1])
+    ask(path, header(**{"questions_sha256": "ab", **changed}, limit=3), Echo())
     assert len(read_answers(path)[1]) == 3
-    assert "30 answers of another model" in capsys.readouterr().err
+    assert f"{count} answers are replaced: they were made with {why}" in capsys.readouterr().err
+
+
+def test_files_of_older_versions_are_read(tmp_path: Path) -> None:
+    """As they were before wording, options and subsets were recorded; a whole one is kept, a part of one is not."""
+    path = tmp_path / "b/answers.jsonl"
+    path.parent.mkdir()
+    first = {
+        "kind": "header",
+        "benchmark": "mini-read",
+        "control": "none",
+        "questions": 30,
+        "limit": 12,
+        "model": "m1",
+        "cache": "c",
+        "fingerprint": "f",
+        "encoder_weights": "ab" * 32,
+        "geometry": {"mode": "letterbox", "height": 64, "width": 64, "fill": [0, 0, 0], "resampling": "bicubic"},
+        "prompt_format": "plain",
+    }
+    lines = [{"id": q.id, "image": q.image, "prompt": q.prompt, "text": "old"} for q in QUESTIONS]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [first, *lines]))
+    old, answers = read_answers(path)
+    assert (old.wording, old.dtype, old.exact, old.to_ask) == ("default", "fp32", False, 12)
+    assert {answer.probabilities for answer in answers} == {None}
+    before = path.read_bytes()
+    assert not ask(path, header(questions_sha256="ab"), Echo())
+    assert path.read_bytes() == before
+    path.write_text("".join(json.dumps(line) + "\n" for line in [first, *lines[:-1]]))
+    assert ask(path, header(questions_sha256="ab"), Echo())
+    assert "old" not in path.read_text()
 
 
 def test_where_answers_lie(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", kind="train", config={})
     for control in ("none", "shuffled"):
         path = answers_path(run, "mini-read", control)
-        AnswerFile(path, header(control=control)).append([Answer(id="q", image="i", prompt="p", text="t")])
+        path.parent.mkdir(parents=True)
+        AnswerFile(path, header(control=control)).append(
+            [
+                Answer(id="q", image="i", prompt="p", text="t"),
+                Answer(id="r", image="i", prompt="p", text="Yes", probabilities=(0.75, 0.25)),
+            ]
+        )
         assert answered_benchmarks(run, control) == ["mini-read"]
-    assert json.loads((tmp_path / "run/eval-shuffled/mini-read/answers.jsonl").read_text().splitlines()[1]) == {
-        "id": "q",
-        "image": "i",
-        "prompt": "p",
-        "text": "t",
-    }
+        assert read_answers(path)[1][1].probabilities == (0.75, 0.25)
+    lines = (tmp_path / "run/eval-shuffled/mini-read/answers.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {"id": "q", "image": "i", "prompt": "p", "text": "t"}
+    assert json.loads(lines[2])["probabilities"] == [0.75, 0.25]
+
+
+def test_unfinished_benchmarks_are_among_those_answered(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", kind="train", config={})
+    ask(answers_path(run, "mini-read", "none"), header(), Echo(groups=2))
+    (run.path / "eval/mini-count").mkdir()
+    assert answered_benchmarks(run, "none") == ["mini-read"]
 
 
 def test_which_image_table_a_benchmark_uses() -> None:
     assert table_name("mini-count") == "mini"
 
 
-def test_questions_are_asked_in_an_order_that_groups_lengths(tmp_path: Path) -> None:
-    shown: list[list[int]] = []
+def test_the_digest_of_questions_sees_what_counts() -> None:
+    def one(**changed: object) -> Question:
+        fields = {"id": "1", "benchmark": "b", "image": "i", "prompt": "p", "kind": "text", "question_type": "t"}
+        return Question(**{**fields, "answers": ("a",), **changed})  # type: ignore[arg-type]
 
-    def answer(prompts: Sequence[str], images: Sequence[str]) -> list[str]:
-        shown.append([len(prompt) for prompt in prompts])
-        return ["" for _ in prompts]
-
-    questions: list[Question] = study.questions("mini-attribute")[:40]
-    predict_benchmark(tmp_path / "a.jsonl", header(questions=40), questions, answer, batch_size=16)
-    flat = [length for batch in shown for length in batch]
-    assert [len(batch) for batch in shown] == [16, 16, 8]
-    assert flat == sorted(flat)
+    changes: list[dict[str, object]] = [
+        {},
+        {"id": "2"},
+        {"prompt": "q"},
+        {"answers": ("a", "b")},
+        {"box": (0, 0, 1, 1)},
+        {"options": ("A",)},
+    ]
+    digests = {questions_sha256([one(**change)]) for change in changes}
+    assert len(digests) == len(changes)
+    assert questions_sha256([one(), one(id="2")]) != questions_sha256([one(id="2"), one()])

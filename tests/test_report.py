@@ -3,24 +3,25 @@
 import csv
 import re
 import struct
-import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from vlmx.cache_specs.geometry import Geometry
 from vlmx.cache_specs.spec import CacheSpec, TokenShape
 from vlmx.cache_specs.writer import CacheWriter
-from vlmx.data.mini import study
 from vlmx.data.records import Question
 from vlmx.errors import RunError
-from vlmx.evaluate import command
-from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_path
-from vlmx.evaluate.predict import subset
+from vlmx.evaluate import command as evaluate
+from vlmx.evaluate.answers import Answer, Control, Header, answers_path, write_answers
+from vlmx.evaluate.groups import subset
+from vlmx.evaluate.maps_plot import pixels_of
 from vlmx.evaluate.probe import ProbeResult, write_probe
 from vlmx.evaluate.report.collect import collect
-from vlmx.evaluate.report.pictures import png_of_ppm
+from vlmx.evaluate.report.command import report
+from vlmx.evaluate.report.pictures import png_of, smaller
 from vlmx.evaluate.report.rankings import Contestant, is_balanced
 from vlmx.evaluate.score import questions_of
 from vlmx.runs import RunFolder, write_json
@@ -75,10 +76,11 @@ def make_run(root: Path, encoder: str, connector: str, right_of_ten: int, limit:
                 geometry=GEOMETRY.to_dict(),
                 prompt_format="plain",
             )
-            AnswerFile(answers_path(run, benchmark, control), header).append(
+            answers = [
                 Answer(id=q.id, image=q.image, prompt=q.prompt, text=text_of(q, number % 10 < share))
                 for number, q in enumerate(subset(questions, limit))
-            )
+            ]
+            write_answers(answers_path(run, benchmark, control), header, answers)
     return run
 
 
@@ -113,8 +115,8 @@ def study_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(study_root: Path) -> str:
     runs = sorted(str(path) for path in (study_root / "runs").iterdir())
     out, table = study_root / "out/report.html", study_root / "out/scores.csv"
-    arguments = [*runs, "-o", str(out), "--csv", str(table), "--caches", str(study_root / "caches")]
-    result = CliRunner().invoke(command.report, arguments, catch_exceptions=False)
+    arguments = [*runs, "-o", str(out), "--scores", str(table), "--caches", str(study_root / "caches")]
+    result = CliRunner().invoke(report, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "enc-a > enc-b on boxes: +30.0 [" in result.output
     assert "mlp2 and mlp3 are not separable on VQA: +0.0 [0.0, 0.0]" in result.output
@@ -136,6 +138,15 @@ def test_the_page_is_one_offline_file(page: str) -> None:
     assert len(page) < 1_500_000
 
 
+def test_those_who_hear_the_page_know_what_is_where(page: str) -> None:
+    assert all("scope=" in head for head in re.findall(r"<th[ >][^>]*", page))
+    assert all("aria-label=" in box for box in re.findall(r'<div class="scroll[^>]*>', page))
+    drawings = re.findall(r"<svg[^>]*>", page)
+    assert len(drawings) > 4
+    assert all("aria-label=" in svg or "aria-hidden=" in svg for svg in drawings)
+    assert '<span class="vh">enc-a-mlp2</span>' in page  # beside a dot that says it by its colour
+
+
 def test_answers_are_shown_as_text_not_as_markup(page: str) -> None:
     assert "no idea &lt;b&gt;&amp;" in page
     assert "no idea <b>" not in page
@@ -152,7 +163,8 @@ def test_every_number_has_its_origin(page: str) -> None:
 
 
 def test_partial_scores_are_marked_everywhere(page: str) -> None:
-    assert page.count("60 of ") == len(BENCHMARKS) * 4
+    in_table, in_origins, in_remarks = 1, 1, 1
+    assert page.count("60 of ") == len(BENCHMARKS) * 4 * (in_table + in_origins + in_remarks)
     assert "Partial." in page
 
 
@@ -169,11 +181,11 @@ def test_the_same_runs_give_the_same_page(study_root: Path, page: str) -> None:
     runs = sorted(str(path) for path in (study_root / "runs").iterdir())
     again = study_root / "again.html"
     arguments = [*runs, "-o", str(again), "--caches", str(study_root / "caches")]
-    CliRunner().invoke(command.report, arguments, catch_exceptions=False)
+    CliRunner().invoke(report, arguments, catch_exceptions=False)
     assert again.read_text() == page
 
 
-def test_the_csv_has_a_row_per_run_benchmark_and_control(study_root: Path, page: str) -> None:
+def test_the_scores_have_a_row_per_run_benchmark_and_control(study_root: Path, page: str) -> None:
     rows = list(csv.DictReader((study_root / "out/scores.csv").read_text().splitlines()))
     assert len(rows) == 4 * len(BENCHMARKS) * 2
     first = rows[0]
@@ -190,7 +202,7 @@ def test_one_run_without_cache_and_boxes_still_makes_a_page(tmp_path: Path, stud
     target.write_bytes(answers_path(run, "mini-read", "none").read_bytes())
     out = tmp_path / "r.html"
     arguments = [str(alone.path), "-o", str(out), "--caches", str(tmp_path)]
-    result = CliRunner().invoke(command.report, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(report, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "is not at hand" in result.output
     assert "One run alone has no order." in out.read_text()
@@ -216,21 +228,26 @@ def test_encoders_are_only_averaged_over_a_full_set_of_connectors() -> None:
     assert not is_balanced(runs("a+2", "b+2"))
 
 
-def test_png_has_the_pixels_of_the_ppm() -> None:
-    ppm = study.image_bytes_of("test/000000")
-    png = png_of_ppm(ppm)
+def test_png_has_the_pixels() -> None:
+    pixels_HW3 = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+    png = png_of(pixels_HW3)
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">IIBB", png[16:26]) == (64, 64, 8, 2)
-    at = png.index(b"IDAT")
-    (length,) = struct.unpack(">I", png[at - 4 : at])
-    lines = zlib.decompress(png[at + 4 : at + 4 + length])
-    rows = [lines[start + 1 : start + 193] for start in range(0, 64 * 193, 193)]
-    assert b"".join(rows) == ppm[-64 * 64 * 3 :]
+    assert struct.unpack(">IIBB", png[16:26]) == (4, 5, 8, 2)
+    assert pixels_of(png, name="it").tolist() == pixels_HW3.tolist()
+
+
+def test_photos_are_made_smaller_by_whole_blocks() -> None:
+    pixels_HW3 = np.zeros((4, 7, 3), np.uint8)
+    pixels_HW3[:2, :2] = 100
+    pixels_HW3[0, 2] = 40
+    small = smaller(pixels_HW3, 4)
+    assert small[:, :, 0].tolist() == [[100, 10, 0], [0, 0, 0]]
+    assert smaller(pixels_HW3, 7) is pixels_HW3
 
 
 def test_scores_can_be_given_again_by_command(study_root: Path) -> None:
     result = CliRunner().invoke(
-        command.score, [str(study_root / "runs/enc-a-mlp2"), "--boxes", "paper"], catch_exceptions=False
+        evaluate.score, [str(study_root / "runs/enc-a-mlp2"), "--boxes", "paper"], catch_exceptions=False
     )
     assert "mini-ref-plain" in result.output
     assert "60 of " in result.output

@@ -1,7 +1,8 @@
 """Is a score a pure function of answers and annotations, with honest counts, frames and intervals?"""
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from vlmx.errors import DataError, RunError, UsageError
 from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_path
 from vlmx.evaluate.baselines import baselines_of
 from vlmx.evaluate.compare import compare, order
+from vlmx.evaluate.groups import questions_sha256
 from vlmx.evaluate.score import Grade, grade, grade_answers, grades_of_run, score_grades, score_run
 from vlmx.runs import RunFolder
 
@@ -49,6 +51,10 @@ def asked(benchmark: str, number: int, kind: str, *answers: str) -> Question:
 
 def answered(questions: list[Question], *texts: str) -> list[Answer]:
     return [Answer(id=q.id, image=q.image, prompt=q.prompt, text=t) for q, t in zip(questions, texts, strict=True)]
+
+
+def with_probabilities(answers: list[Answer], probabilities: Mapping[str, tuple[float, ...]]) -> list[Answer]:
+    return [replace(answer, probabilities=probabilities[answer.id]) for answer in answers]
 
 
 def region(image_wh: tuple[int, int], box: tuple[float, float, float, float], benchmark: str = "mini-ref") -> Question:
@@ -116,23 +122,26 @@ def test_popes_score_is_the_mean_of_its_splits() -> None:
 def test_probabilities_count_instead_of_the_text() -> None:
     questions = [asked("pope", 0, "random", "yes"), asked("pope", 1, "random", "no")]
     probabilities = {"pope/0": (0.6, 0.4), "pope/1": (0.7, 0.3)}
-    answers = answered(questions, "", "No")
-    grades = grade_answers(header("pope", 2), answers, questions, probabilities=probabilities)
+    answers = with_probabilities(answered(questions, "", "No"), probabilities)
+    grades = grade_answers(header("pope", 2), answers, questions)
     assert [g.value for g in grades] == [1.0, 0.0]
     score = score_grades(header("pope", 2), grades)
     assert (score.score, score.invalid) == (50.0, 0)
     assert (score.details["random_auc_roc"], score.details["random_yes_ratio"]) == (0.0, 100.0)
-    half = grade_answers(header("pope", 2), answers, questions, probabilities={"pope/0": (0.6, 0.4)})
+    half = grade_answers(header("pope", 2), [answers[0], *answered(questions[1:], "No")], questions)
     assert "random_auc_roc" not in score_grades(header("pope", 2), half).details  # not over a part of the answers
     with pytest.raises(DataError, match="have no options"):
         grade(asked("gqa", 0, "t", "yes"), "yes", SQUARE, probabilities=(0.5, 0.5))
+    with pytest.raises(DataError, match="do not fit 2 options"):
+        grade(questions[0], "yes", SQUARE, probabilities=(0.5, 0.3, 0.2))
 
 
 def test_tallyqa_counts_over_all_questions() -> None:
     questions = [asked("tallyqa", n, "simple" if n else "complex", str(n)) for n in range(4)]
-    one_hot = {q.id: [float(n == int(q.answers[0])) for n in range(16)] for q in questions}
-    one_hot["tallyqa/0"] = [0.0] * 15 + [1.0]
-    grades = grade_answers(header("tallyqa", 4), answered(questions, *"AAAA"), questions, probabilities=one_hot)
+    one_hot = {q.id: tuple(float(n == int(q.answers[0])) for n in range(16)) for q in questions}
+    one_hot["tallyqa/0"] = (*[0.0] * 15, 1.0)
+    answers = with_probabilities(answered(questions, *"AAAA"), one_hot)
+    grades = grade_answers(header("tallyqa", 4), answers, questions)
     score = score_grades(header("tallyqa", 4), grades)
     assert score.score == score.details["all_accuracy"] == 75.0
     assert (score.details["simple_accuracy"], score.details["complex_accuracy"]) == (100.0, 0.0)
@@ -194,6 +203,41 @@ def test_partial_scores_are_marked_and_unknown_questions_refused() -> None:
         grade_answers(header("mini-count", 9), [*answers, stranger], questions)
     with pytest.raises(RunError, match="no answers"):
         grade_answers(header("mini-count", 9), [], questions)
+
+
+def test_a_score_says_how_it_came_about() -> None:
+    questions = study.questions("mini-ref")
+    answers = answered(questions[:4], *["[0, 0, 1, 1]"] * 4)
+    plain = header("mini-ref", len(questions))
+    as_paper = replace(plain, wording="paper", slim=True, asked=5, dtype="bf16")
+    scores = [
+        score_grades(h, grade_answers(h, answers, questions, box_rule=rule), box_rule=rule)
+        for h, rule in ((plain, "exact"), (as_paper, "paper"))
+    ]
+    assert [(s.wording, s.boxes, s.dtype, s.subset) for s in scores] == [
+        ("default", "exact", "fp32", ""),
+        ("paper", "paper", "bf16", "slim"),
+    ]
+    total = f"{len(questions):,}"
+    assert scores[0].size == f"4 of {total} ({len(questions) - 4:,} not answered yet)"
+    assert scores[1].size == f"4 of {total} (slim, 1 not answered yet)"
+    assert (
+        scores[1].made_with == "prompts as in the paper's evaluation; boxes compared raw, as in the paper's evaluation"
+    )
+    read = study.questions("mini-read")
+    h = header("mini-read", len(read))
+    score = score_grades(h, grade_answers(h, answered(read, *["A"] * len(read)), read))
+    assert (score.boxes, score.made_with, score.size) == (None, "prompts as in training", f"{len(read):,}")
+
+
+def test_other_annotations_than_those_that_were_asked_are_refused() -> None:
+    questions = study.questions("mini-read")
+    known = replace(header("mini-read", len(questions)), questions_sha256=questions_sha256(questions))
+    answers = answered(questions[:2], "A", "B")
+    assert len(grade_answers(known, answers, questions)) == 2
+    changed = [replace(questions[0], answers=("another",)), *questions[1:]]
+    with pytest.raises(RunError, match=r"annotations of 'mini-read' are not the ones.*--data-root"):
+        grade_answers(known, answers, changed)
 
 
 def test_score_run_writes_what_it_returns_and_can_be_given_again(tmp_path: Path) -> None:

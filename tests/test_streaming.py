@@ -282,8 +282,8 @@ def test_eval_with_and_without_a_cache(
     keys = study.scene_keys("test")[:8]
     questions = tuple(q for q in score.questions_of("mini-count") if q.image in keys)
     monkeypatch.setattr(study, "scene_keys", lambda split: keys if split == "test" else [])
-    monkeypatch.setattr("vlmx.evaluate.predict.questions_of", lambda benchmark: questions)
-    monkeypatch.setattr("vlmx.evaluate.score.questions_of", lambda benchmark: questions)
+    monkeypatch.setattr("vlmx.evaluate.predict.questions_of", lambda benchmark, *_: questions)
+    monkeypatch.setattr("vlmx.evaluate.score.questions_of", lambda benchmark, *_: questions)
     caches = tmp_path / "caches"
     on_the_fly = evaluate(streamed_run, "--caches", str(caches))
     assert "encoding on the fly, as in training" in capsys.readouterr().err

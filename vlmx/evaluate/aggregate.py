@@ -65,11 +65,11 @@ def weighted_averages(scores: Mapping[str, float | str]) -> Averages:
 
     Args:
         scores: percent by the column names of the paper's table: vqav2, gqa, vizwiz, textvqa_ocr, textvqa, pope,
-            tallyqa, refcoco, refcoco+, refcocog, ocid_ref. Numbers or their text; other keys (a row's model, size, ...)
-            are left alone.
+            tallyqa, refcoco, refcoco+, refcocog, ocid_ref; "-" is taken for "_". Numbers or their text; other keys (a
+            row's model, size, ...) are left alone.
 
     Raises:
-        DataError: columns are missing, or values are not percentages; all are named.
+        DataError: columns are missing or there twice, or values are not percentages; all are named.
     """
     return averages_by_questions(scores, vqa_questions=VQA_QUESTIONS, loc_questions=LOC_QUESTIONS)
 
@@ -95,7 +95,23 @@ def averages_by_questions(
     return Averages(**values, macro=float(_mean(exact, dict.fromkeys(questions, 1))))
 
 
+def average(scores: Mapping[str, float | str], questions: Mapping[str, int]) -> tuple[float, float]:
+    """One average over any set of benchmarks: as the paper rounds, and not rounded.
+
+    Args:
+        scores: percent by benchmark.
+        questions: what each benchmark weighs; at least one.
+
+    Raises:
+        DataError: as `weighted_averages`.
+    """
+    exact = _percentages(scores, questions)
+    printed = {name: value.quantize(_PRINTED, ROUND_HALF_UP) for name, value in exact.items()}
+    return _half_up(_mean(printed, questions)), float(_mean(exact, questions))
+
+
 def _percentages(scores: Mapping[str, float | str], columns: Mapping[str, int]) -> dict[str, Decimal]:
+    scores = _spelled(scores, columns)
     missing = [name for name in columns if name not in scores]
     if missing:
         raise DataError(
@@ -113,6 +129,21 @@ def _percentages(scores: Mapping[str, float | str], columns: Mapping[str, int]) 
     if wrong:
         raise DataError("scores have to be percentages, 0 to 100", why=", ".join(wrong))
     return values
+
+
+def _spelled(scores: Mapping[str, float | str], columns: Mapping[str, int]) -> dict[str, float | str]:
+    """The scores of `columns`, by the columns' own names."""
+    found: dict[str, float | str] = {}
+    twice = []
+    for key, value in scores.items():
+        name = key if key in columns else key.replace("-", "_")
+        if name in found:
+            twice.append(name)
+        if name in columns:
+            found[name] = value
+    if twice:
+        raise DataError("a benchmark has two scores", why=", ".join(twice), fix="leave one of the spellings out")
+    return found
 
 
 def _mean(values: Mapping[str, Decimal], counts: Mapping[str, int]) -> Fraction:

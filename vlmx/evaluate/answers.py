@@ -3,24 +3,30 @@
     {"kind": "header", "benchmark": ..., "control": ..., "questions": ..., "limit": ..., "model": ..., ...}
     {"id": ..., "image": ..., "prompt": ..., "text": ...}
 
-Lines are appended and flushed; a torn last line (the process died while writing it) is dropped when the file is
-opened again.
+While answers are made, the files of `answers.parts` have the same form, and are read in its place. To these lines are
+appended and flushed; a torn last line (the process died while writing it) is dropped when a file is opened again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vlmx.data.mini.study import BENCHMARKS
+from vlmx.data.wording import Wording
 from vlmx.errors import RunError
 from vlmx.runs import RunFolder, space_error, write_atomic
 
 Control = Literal["none", "shuffled"]
+Dtype = Literal["fp32", "bf16"]
+NAME = "answers.jsonl"
+PARTS = "answers.parts"  # folder of what is answered already, while answers.jsonl is not finished
 _FOLDERS: Mapping[Control, str] = {"none": "eval", "shuffled": "eval-shuffled"}
+# What may differ without the answers being of another model or to other questions.
+_FREE = ("limit", "slim", "asked", "batch_size", "data_root")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +37,26 @@ class Answer:
         id: the question's id in its benchmark.
         image: key of the question's image.
         prompt: the user's message.
-        text: the generated text, outer spaces removed, nothing else changed.
+        text: the generated text, outer spaces removed, nothing else changed; of a question with options the likeliest.
+        probabilities: of the question's options in their order, where these were asked for instead of a text.
     """
 
     id: str
     image: str
     prompt: str
     text: str
+    probabilities: tuple[float, ...] | None = None
+
+    def line(self) -> str:
+        """As it stands in the file."""
+        fields = {"id": self.id, "image": self.image, "prompt": self.prompt, "text": self.text}
+        more = {} if self.probabilities is None else {"probabilities": self.probabilities}
+        return json.dumps({**fields, **more}) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What answers belong to.
+    """What answers belong to. What has a default was added later: older files lack it.
 
     Attributes:
         benchmark: its name.
@@ -55,6 +69,14 @@ class Header:
             encoders have theirs with + between them.
         geometry: how images were brought to the encoder's size, as plain data; boxes are converted with it.
         prompt_format: name of the prompt format.
+        wording: how the benchmark's questions were worded.
+        data_root: where its published files were; None for the mini study, which needs none.
+        questions_sha256: of its ids, prompts and annotations; empty where that is not known.
+        slim: whether 1,024 questions of each part were asked.
+        asked: how many questions were to be asked, whatever chose them; None: as `limit` says.
+        batch_size: how many were answered together at most.
+        exact: one at a time, nothing shared.
+        dtype: what the model computed in.
     """
 
     benchmark: str
@@ -67,31 +89,73 @@ class Header:
     encoder_weights: str
     geometry: Mapping[str, Any]
     prompt_format: str
+    wording: Wording = "default"
+    data_root: str | None = None
+    questions_sha256: str = ""
+    slim: bool = False
+    asked: int | None = None
+    batch_size: int | None = None
+    exact: bool = False
+    dtype: Dtype = "fp32"
+
+    @property
+    def to_ask(self) -> int:
+        """How many questions were to be asked."""
+        return self.asked if self.asked is not None else min(self.questions, self.limit or self.questions)
+
+    @property
+    def subset(self) -> str:
+        """Which part of the benchmark was asked, in words; empty for all of it."""
+        return "slim" if self.slim else f"limit {self.limit:,}" if self.limit is not None else ""
+
+    def differences(self, other: Header) -> list[str]:
+        """Names of the fields because of which answers under the two headers may not stand in one file."""
+        ours, theirs = asdict(self), asdict(other)
+        unknown = () if self.questions_sha256 and other.questions_sha256 else ("questions_sha256",)
+        return [name for name in ours if ours[name] != theirs[name] and name not in (*_FREE, *unknown)]
 
     def fits(self, other: Header) -> bool:
-        """Whether answers under the two headers may stand in one file: all but the limit is equal."""
-        return {**asdict(self), "limit": None} == {**asdict(other), "limit": None}
+        """Whether answers under the two headers may stand in one file."""
+        return not self.differences(other)
+
+    def line(self) -> str:
+        """As it stands in the file."""
+        return json.dumps({"kind": "header", **asdict(self)}) + "\n"
 
 
 def answers_path(run: RunFolder, benchmark: str, control: Control) -> Path:
     """Where a run keeps its answers to a benchmark."""
-    return run.path / _FOLDERS[control] / benchmark / "answers.jsonl"
+    return run.path / _FOLDERS[control] / benchmark / NAME
 
 
 def answered_benchmarks(run: RunFolder, control: Control) -> list[str]:
     """The benchmarks that a run has answers to: those of the mini study in its order, then others by name."""
-    found = {path.parent.name for path in (run.path / _FOLDERS[control]).glob("*/answers.jsonl")}
+    folders = (run.path / _FOLDERS[control]).glob("*/")
+    found = {
+        folder.name
+        for folder in folders
+        if (folder / NAME).exists() or any(has_lines(path, 2) for path in (folder / PARTS).glob("*/*.jsonl"))
+    }
     return [*(name for name in BENCHMARKS if name in found), *sorted(found - set(BENCHMARKS))]
 
 
 def read_answers(path: Path) -> tuple[Header, list[Answer]]:
-    """Header and answers of a file, without a torn last line.
+    """Header and answers of a file, without a torn last line; while it is not finished, those that there are.
 
     Raises:
-        RunError: the file is missing, empty, or damaged elsewhere than in its last line.
+        RunError: there are no answers, or a file is empty, or damaged elsewhere than in its last line.
     """
     if not path.exists():
+        unfinished = [found for folder in sorted(parts_folder(path).glob("*/")) if (found := read_parts(folder))]
+        if unfinished:
+            header, by_id = max(unfinished, key=lambda found: len(found[1]))
+            return header, list(by_id.values())
         raise RunError(f"there are no answers at {path}", fix="give `vlmx eval --run RUN` first")
+    return read_file(path)
+
+
+def read_file(path: Path) -> tuple[Header, list[Answer]]:
+    """Header and answers of one file; see `read_answers`."""
     *lines, torn = path.read_text().split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
@@ -103,9 +167,36 @@ def read_answers(path: Path) -> tuple[Header, list[Answer]]:
         raise _damaged(path, "it has no complete line" if torn else "it is empty")
     try:
         header = Header(**{key: value for key, value in records[0].items() if key != "kind"})
-        return header, [Answer(**record) for record in records[1:]]
-    except TypeError as error:
+        return header, [_answer(record) for record in records[1:]]
+    except (TypeError, AttributeError) as error:
         raise _damaged(path, str(error)) from error
+
+
+def parts_folder(path: Path) -> Path:
+    """Where what is answered already lies while an answers.jsonl is not finished: a folder for each plan of work."""
+    return path.with_name(PARTS)
+
+
+def part_files(folder: Path) -> Iterator[tuple[Header, dict[str, Answer]]]:
+    """Header and answers by id of each part file of a plan; of an id that comes twice the last answer."""
+    for path in sorted(folder.glob("*.jsonl")):
+        if not has_lines(path, 1):
+            continue  # torn within its header: nothing is in it yet
+        header, answers = read_file(path)
+        yield header, {answer.id: answer for answer in answers}
+
+
+def read_parts(folder: Path) -> tuple[Header, dict[str, Answer]] | None:
+    """All answers that there are to a plan of work, by id; None if there is no part file."""
+    files = list(part_files(folder))
+    if not files:
+        return None
+    return files[0][0], {name: answer for _, by_id in files for name, answer in by_id.items()}
+
+
+def _answer(record: dict[str, Any]) -> Answer:
+    probabilities = record.get("probabilities")
+    return Answer(**{**record, "probabilities": None if probabilities is None else tuple(probabilities)})
 
 
 def _damaged(path: Path, why: str) -> RunError:
@@ -113,7 +204,7 @@ def _damaged(path: Path, why: str) -> RunError:
 
 
 class AnswerFile:
-    """An answers.jsonl that is being written.
+    """An answers.jsonl, or a part of one, that is being written.
 
     Args:
         path: the file; what it already holds is kept if it belongs to the same model, cache and questions.
@@ -122,17 +213,11 @@ class AnswerFile:
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
-        self.replaced = 0
         kept: list[Answer] = []
-        if path.exists():
-            old, answers = read_answers(path) if _has_a_line(path) else (None, [])
-            if old is not None and old.fits(header):
-                kept = answers
-            else:
-                self.replaced = len(answers)
-        lines = [{"kind": "header", **asdict(header)}, *map(asdict, kept)]
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self.done = {answer.id for answer in kept}
+        if path.exists() and has_lines(path, 1):
+            old, answers = read_file(path)
+            kept = answers if old.fits(header) else []
+        write_answers(path, header, kept)
 
     def append(self, answers: Iterable[Answer]) -> None:
         """Add answers and hand them to the operating system before returning.
@@ -140,14 +225,23 @@ class AnswerFile:
         Raises:
             OutOfSpaceError: the disk is full.
         """
-        added = list(answers)
         try:
             with open(self.path, "a") as file:
-                file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in added))
+                file.write("".join(answer.line() for answer in answers))
         except OSError as error:
             raise space_error(error, self.path) from error
-        self.done |= {answer.id for answer in added}
 
 
-def _has_a_line(path: Path) -> bool:
-    return b"\n" in path.read_bytes()
+def write_answers(path: Path, header: Header, answers: Iterable[Answer]) -> None:
+    """Write a whole file, atomically.
+
+    Raises:
+        OutOfSpaceError: the disk is full; the old file is intact.
+    """
+    write_atomic(path, "".join([header.line(), *(answer.line() for answer in answers)]))
+
+
+def has_lines(path: Path, count: int) -> bool:
+    """Whether a file has so many whole lines, or more."""
+    with open(path, "rb") as file:
+        return all(file.readline().endswith(b"\n") for _ in range(count))

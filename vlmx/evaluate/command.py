@@ -1,4 +1,4 @@
-"""What do `vlmx eval`, `score`, `probe` and `report` take, and what do they print? Light until one of them runs."""
+"""What do `vlmx eval`, `score` and `probe` take, and what do they print? Light until one of them runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 from click.shell_completion import CompletionItem
@@ -14,46 +14,53 @@ from click.shell_completion import CompletionItem
 from vlmx.cache_specs.command import complete_caches
 from vlmx.console import note, table
 from vlmx.errors import UsageError
+from vlmx.evaluate.many import ManyProcesses, Worker
 from vlmx.runs import RunFolder, list_runs
 
 if TYPE_CHECKING:
-    from vlmx.evaluate.report.collect import Report
     from vlmx.evaluate.score import Score
 
+T = TypeVar("T")
 RUNS_ROOT = Path("runs")
 
 EVAL_EPILOG = """\b
 Worked examples:
   vlmx eval --run latest
       every benchmark of the mini study with the model trained last
+  vlmx eval --run vicuna-vmamba --bench paper --data-root /data
+      the paper's eleven columns (vqa: its question answering, loc: its localization)
+  vlmx eval --run vicuna-vmamba --bench paper --slim --profile paper
+      1,024 questions of each part, worded and compared as in the paper's evaluation; every score says so
   vlmx eval --run vmamba-mlp2 --bench mini-ref,mini-count --limit 200
       a fixed subset of 200 questions each; every score says that it is partial
   vlmx eval --run vmamba-mlp2 --control shuffled
       the same questions with the tokens of other images: what is left is guessing
+  vlmx eval --run vicuna-vmamba --bench vqav2 --nproc 8
+  torchrun --nproc-per-node 8 -m vlmx eval -r vicuna-vmamba --bench vqav2
+      eight processes, each with a GPU of its own; the same command goes on when one has died (write -r for torchrun,
+      which takes --run for an option of its own)
   vlmx eval --run vmamba-mlp2 --cache none --weights vmamba_s.pth
       no cache: the run's encoder works on the fly (needs the images and phase one's libraries)
 
 \b
 Answers go to RUN/eval/BENCHMARK/answers.jsonl (shuffled: RUN/eval-shuffled/...), scores beside them. Questions that are
-answered already are not asked again. Images of the mini study are looked up in the data set 'mini' of the caches, those
-of any other benchmark in the data set of the benchmark's name.
+answered already are not asked again, however the process ended: the file is the same, byte for byte. Meanwhile they lie
+in answers.parts, which `vlmx score` reads, too. Images of a benchmark are looked up in the image table of its data set
+(vlmx list benchmarks), those of the mini study in 'mini'.
 """
 SCORE_EPILOG = """\b
 Worked examples:
   vlmx score latest
   vlmx score runs/vmamba-mlp2 --boxes paper
       boxes as the paper's evaluation takes them: letterbox ignored, true boxes rounded to two decimals
+  vlmx score runs/vicuna-vmamba --data-root /other/data
+      the benchmarks' files have moved since the answers were made
 """
 PROBE_EPILOG = """\b
 Worked example:
   vlmx extract --backbone vmamba-mini-scenes && vlmx probe --cache vmamba-mini-scenes
   vlmx probe --cache vit-mini-scenes+vmamba-mini-scenes
       the tokens of two caches, joined on the channel axis
-"""
-REPORT_EPILOG = """\b
-Worked examples:
-  vlmx report runs/vit-mlp2 runs/vmamba-mlp2 -o report.html
-  vlmx report runs/* --csv scores.csv
 """
 
 
@@ -68,14 +75,34 @@ caches_option = click.option(
 RUN_HELP = "Folder, name, beginning of a name below runs/, or 'latest'."
 
 
-@click.command("eval", epilog=EVAL_EPILOG)
-@click.option("--run", "run_name", required=True, metavar="RUN", shell_complete=complete_run, help=RUN_HELP)
+boxes_option = click.option(
+    "--boxes",
+    type=click.Choice(["exact", "paper"]),
+    default="exact",
+    show_default=True,
+    help="How boxes are compared; paper: letterbox ignored, true boxes rounded.",
+)
+
+
+@click.command("eval", cls=ManyProcesses, epilog=EVAL_EPILOG)
+@click.option("-r", "--run", "run_name", required=True, metavar="RUN", shell_complete=complete_run, help=RUN_HELP)
 @click.option(
-    "--bench", "names", default="mini", show_default=True, metavar="NAMES", help="Benchmarks, separated by commas."
+    "--bench",
+    "names",
+    default="mini",
+    show_default=True,
+    metavar="NAMES",
+    help="Benchmarks, separated by commas; mini, paper, vqa and loc stand for several.",
+)
+@click.option(
+    "--data-root", metavar="FOLDER", default="data", show_default=True, help="Where the benchmarks' files are."
 )
 @caches_option
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help="Ask a fixed subset of N questions of each benchmark."
+)
+@click.option(
+    "--slim", is_flag=True, help="Ask 1,024 questions of each benchmark, or of each part that is scored apart."
 )
 @click.option(
     "--control",
@@ -85,8 +112,31 @@ RUN_HELP = "Folder, name, beginning of a name below runs/, or 'latest'."
     help="shuffled: tokens of other images.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Questions generated together."
+    "--profile", type=click.Choice(["paper"]), help="paper: --prompts paper --boxes paper, unless these are given."
 )
+@click.option(
+    "--prompts",
+    type=click.Choice(["default", "paper"]),
+    default="default",
+    show_default=True,
+    help="How questions are worded; default: as in training.",
+)
+@boxes_option
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Questions answered together. Default: 64, fewer for encoders with many tokens.",
+)
+@click.option("--exact", is_flag=True, help="One question at a time, nothing shared: slow, and the same in fp32.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="What the model computes in; auto: bf16 on a GPU, fp32 elsewhere.",
+)
+@click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; each takes a GPU.")
 @click.option("--pull", metavar="FOLDER", help="Copy a remote cache to this folder, shard by shard, as it is used.")
 @click.option(
     "--cache", type=click.Choice(["none"]), help="none: encode on the fly. Default: the cache of the run's encoder."
@@ -96,13 +146,24 @@ RUN_HELP = "Folder, name, beginning of a name below runs/, or 'latest'."
 @click.option("--weights", metavar="FILE", help="With --cache none: its checkpoint. Default: looked up.")
 @click.option("--image-root", metavar="FOLDER", help="With --cache none: where the image paths of a JSON start.")
 @click.argument("overrides", nargs=-1, metavar="[stream.KEY=VALUE]...")
+@click.pass_context
 def evaluate(
+    ctx: click.Context,
+    /,
+    worker: Worker,
     run_name: str,
     names: str,
+    data_root: str,
     caches: str,
     limit: int | None,
+    slim: bool,
     control: str,
-    batch_size: int,
+    profile: str | None,
+    prompts: str,
+    boxes: str,
+    batch_size: int | None,
+    exact: bool,
+    dtype: str,
     pull: str | None,
     cache: str | None,
     overrides: tuple[str, ...],
@@ -113,19 +174,46 @@ def evaluate(
     With --cache none, whatever else `vlmx train` takes as stream.KEY=VALUE can be given, too.
     """
     from vlmx.data.benchmarks import expand
-    from vlmx.evaluate.answers import Control
-    from vlmx.evaluate.predict import predict_run
-    from vlmx.evaluate.score import score_run
+    from vlmx.data.wording import Wording
+    from vlmx.evaluate.answers import Control, Dtype
+    from vlmx.evaluate.predict import Asking, predict_run
+    from vlmx.evaluate.score import BoxRule, score_run
 
+    if slim and limit is not None:
+        raise UsageError("--slim and --limit both choose a subset", fix="give one of them")
+    if exact and batch_size not in (None, 1):
+        raise UsageError(f"--exact asks one question at a time, and --batch-size {batch_size} at once", fix="give one")
+    if profile is not None:
+        prompts = prompts if _is_given(ctx, "prompts") else profile
+        boxes = boxes if _is_given(ctx, "boxes") else profile
     run = RunFolder.open(run_name, root=RUNS_ROOT)
-    chosen = next(known for known in get_args(Control) if known == control)
     benchmarks = expand(names)
+    asking = Asking(
+        limit=limit,
+        slim=slim,
+        control=_one_of(control, get_args(Control)),
+        wording=_one_of(prompts, get_args(Wording)),
+        data_root=data_root,
+        batch_size=batch_size,
+        exact=exact,
+        dtype=_one_of(dtype, ("auto", *get_args(Dtype))),
+    )
     given = {key: value for key, value in encoder.items() if value is not None}
     stream = _stream(cache, given, list(overrides))
-    predict_run(
-        run, benchmarks, caches=caches, limit=limit, control=chosen, batch_size=batch_size, stream=stream, pull=pull
-    )
-    _print_scores([s for s in score_run(run) if s.benchmark in benchmarks and s.control == chosen], title=run.name)
+    is_last = predict_run(run, benchmarks, caches=caches, asking=asking, stream=stream, pull=pull, worker=worker)
+    if is_last:
+        rule = _one_of(boxes, get_args(BoxRule))
+        found = score_run(run, box_rule=rule, data_root=data_root, benchmarks=benchmarks, controls=[asking.control])
+        _print_scores(found, title=run.name)
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def _one_of(value: str, known: Sequence[T]) -> T:
+    """A choice that click has checked, with its type."""
+    return next(each for each in known if each == value)
 
 
 def _stream(cache: str | None, given: dict[str, str], overrides: list[str]) -> dict[str, Any] | None:
@@ -156,18 +244,19 @@ def _stream(cache: str | None, given: dict[str, str], overrides: list[str]) -> d
 @click.command(epilog=SCORE_EPILOG)
 @click.argument("run_name", metavar="RUN", shell_complete=complete_run)
 @click.option(
-    "--boxes", type=click.Choice(["exact", "paper"]), default="exact", show_default=True, help="How boxes are compared."
+    "--data-root", metavar="FOLDER", help="Where the benchmarks' files are. Default: where they were when answered."
 )
-def score(run_name: str, boxes: str) -> None:
-    """Score the answers of a run again; nothing is generated.
+@boxes_option
+def score(run_name: str, data_root: str | None, boxes: str) -> None:
+    """Score the answers of a run again, finished or not; nothing is generated.
 
     RUN is a folder, a name, the beginning of a name below runs/, or 'latest'.
     """
     from vlmx.evaluate.score import BoxRule, score_run
 
     run = RunFolder.open(run_name, root=RUNS_ROOT)
-    rule = next(known for known in get_args(BoxRule) if known == boxes)
-    _print_scores(score_run(run, box_rule=rule), title=run.name)
+    found = score_run(run, box_rule=_one_of(boxes, get_args(BoxRule)), data_root=data_root)
+    _print_scores(found, title=run.name)
 
 
 @click.command(epilog=PROBE_EPILOG)
@@ -200,52 +289,6 @@ def probe(name: str, caches: str) -> None:
     note(f"{result.train_scenes} train scenes, {result.test_scenes} held-out ones; cache {result.cache}")
 
 
-@click.command(epilog=REPORT_EPILOG)
-@click.argument("run_names", metavar="RUNS...", nargs=-1, required=True, shell_complete=complete_run)
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("report.html"),
-    show_default=True,
-    help="The page to write.",
-)
-@click.option(
-    "--csv",
-    "csv_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write all scores with their origin as CSV, too.",
-)
-@caches_option
-def report(run_names: tuple[str, ...], out: Path, csv_path: Path | None, caches: str) -> None:
-    """Compare runs on one HTML page that needs no network, and print the result table.
-
-    RUNS are folders, names, beginnings of names below runs/, or 'latest'.
-    """
-    from vlmx.evaluate.report.collect import collect, score_rows
-    from vlmx.evaluate.report.html import render
-    from vlmx.runs import write_atomic
-
-    found = collect([RunFolder.open(name, root=RUNS_ROOT) for name in run_names], caches=caches)
-    write_atomic(out, render(found))
-    _print_report(found)
-    if csv_path is not None:
-        write_atomic(csv_path, _csv(score_rows(found)))
-        note(f"scores: {csv_path}")
-    note(f"report: {out.resolve()}")
-
-
-def _csv(rows: Sequence[dict[str, object]]) -> str:
-    import csv
-    import io
-
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
 def _print_scores(scores: Sequence[Score], *, title: str) -> None:
     rows = []
     for s in scores:
@@ -256,40 +299,14 @@ def _print_scores(scores: Sequence[Score], *, title: str) -> None:
                 f"{s.score:.1f}",
                 f"[{low:.1f}, {high:.1f}]",
                 ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in s.baselines.items()),
-                f"{s.n:,}" + (f" of {s.expected:,} (partial)" if s.partial else ""),
+                s.size,
                 str(s.invalid),
             )
         )
-    title = f"{title}: {scores[0].encoder}" if scores else title
-    table(["benchmark", "score", "95 % interval", "baselines", "questions", "invalid"], rows, title=title)
-
-
-def _print_report(found: Report) -> None:
-    from vlmx.evaluate.report.rankings import SUBJECT_TEXT
-
-    columns = ["run", *(name.removeprefix("mini-") for name in found.benchmarks), "VQA", "boxes", "overall"]
-    rows = []
-    for name in ("prior", "random_object"):
-        values = [_baseline_cell(found, benchmark, name) for benchmark in found.benchmarks]
-        if any(values):
-            rows.append((name.replace("_", " "), *values, "", "", ""))
-    for run in found.runs:
-        cells = [f"{run.scores[b].score:.1f}" if b in run.scores else "" for b in found.benchmarks]
-        means = [f"{run.pooled[g].score:.1f}" if g in run.pooled else "" for g in ("VQA", "boxes", "overall")]
-        rows.append((run.name, *cells, *means))
-        if run.control_scores:
-            control = [
-                f"{run.control_scores[b].score:.1f}" if b in run.control_scores else "" for b in found.benchmarks
-            ]
-            rows.append(("  images shuffled", *control, "", "", ""))
-    table(columns, rows, title="partial: --limit was given" if found.partial else "")
-    for subject, ranked in groupby(found.rankings, key=attrgetter("subject")):
-        click.echo(f"{SUBJECT_TEXT[subject]}:")
-        for ranking in ranked:
-            for step in ranking.steps:
-                click.echo(f"  {step.sentence(ranking.group)}")
-
-
-def _baseline_cell(found: Report, benchmark: str, name: str) -> str:
-    values = [run.scores[benchmark].baselines.get(name) for run in found.runs if benchmark in run.scores]
-    return f"{values[0]:.1f}" if values[0] is not None else ""
+    table(
+        ["benchmark", "score", "95 % interval", "baselines", "questions", "invalid"],
+        rows,
+        title=f"{title}: {scores[0].encoder}",
+    )
+    for made_with, those in groupby(sorted(scores, key=attrgetter("made_with")), key=attrgetter("made_with")):
+        click.echo(f"{made_with}: {', '.join(dict.fromkeys(s.benchmark for s in those))}")

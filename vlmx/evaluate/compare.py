@@ -1,14 +1,23 @@
-"""Is one run better than another, or is it chance? Paired differences, with intervals by image."""
+"""Is one run better than another, or is it chance? Means and paired differences, with intervals by image.
+
+POPE's score is the mean of its splits, and it stays so when its questions stand in an average with others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
+from vlmx.data.records import Question
 from vlmx.errors import UsageError
-from vlmx.evaluate.intervals import interval95
+from vlmx.evaluate.intervals import Estimate, estimate
+from vlmx.evaluate.metrics import MEAN_OF_TYPES
 from vlmx.evaluate.score import Grade
+
+Key = tuple[str, str]  # benchmark and id: two benchmarks may ask the same questions, as TextVQA with and without OCR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +29,7 @@ class Difference:
         points: mean paired difference in percentage points, first minus second.
         interval95: its bootstrap interval over images.
         n: number of questions that both answered.
+        first_percent, second_percent: what each scores on these.
     """
 
     first: str
@@ -27,6 +37,8 @@ class Difference:
     points: float
     interval95: tuple[float, float]
     n: int
+    first_percent: float
+    second_percent: float
 
     @property
     def separable(self) -> bool:
@@ -43,7 +55,33 @@ class Difference:
         return f"{self.first} {'>' if self.points > 0 else '<'} {self.second} on {subject}: {numbers}"
 
 
-def compare(first: str, first_grades: Sequence[Grade], second: str, second_grades: Sequence[Grade]) -> Difference:
+def mean(grades: Sequence[Grade], *, counts: Mapping[str, float] | None = None) -> Estimate:
+    """The mean of grades of one or several benchmarks, in percent, with its interval.
+
+    Args:
+        grades: of at least one question.
+        counts: weight of each benchmark; without it a benchmark weighs as many questions as it has here.
+    """
+    return _estimate([g.question for g in grades], [100 * g.value for g in grades], counts)
+
+
+def percent(grades: Sequence[Grade], *, counts: Mapping[str, float] | None = None) -> float:
+    """The value of `mean` alone, which takes no time."""
+    parts, weights = _parts([g.question for g in grades], counts)
+    by_part: dict[Hashable, list[float]] = defaultdict(list)
+    for part, grade in zip(parts, grades, strict=True):
+        by_part[part].append(100 * grade.value)
+    return sum(weights[part] * sum(of) / len(of) for part, of in by_part.items()) / sum(weights.values())
+
+
+def compare(
+    first: str,
+    first_grades: Sequence[Grade],
+    second: str,
+    second_grades: Sequence[Grade],
+    *,
+    counts: Mapping[str, float] | None = None,
+) -> Difference:
     """Paired difference over the questions that both runs answered.
 
     The interval holds for these two trained models and new images of the same kind; it knows nothing about other
@@ -52,32 +90,78 @@ def compare(first: str, first_grades: Sequence[Grade], second: str, second_grade
     Args:
         first, second: names of the runs.
         first_grades, second_grades: their grades, of one or several benchmarks.
+        counts: as of `mean`.
 
     Raises:
         UsageError: the runs have no question in common.
     """
-    others = {g.question.id: g.value for g in second_grades}
-    pairs = [
-        (g.question.image, 100 * (g.value - others[g.question.id])) for g in first_grades if g.question.id in others
-    ]
-    if not pairs:
+    others = {key_of(g.question): g for g in second_grades}
+    shared = [g for g in first_grades if key_of(g.question) in others]
+    if not shared:
         raise UsageError(f"'{first}' and '{second}' have answered no question in common")
-    points = [value for _, value in pairs]
+    theirs = [others[key_of(g.question)] for g in shared]
+    ahead = [100 * (g.value - other.value) for g, other in zip(shared, theirs, strict=True)]
+    found = _estimate([g.question for g in shared], ahead, counts)
     return Difference(
         first=first,
         second=second,
-        points=sum(points) / len(points),
-        interval95=interval95(points, [image for image, _ in pairs]),
-        n=len(points),
+        points=found.value,
+        interval95=found.interval95,
+        n=len(shared),
+        first_percent=percent(shared, counts=counts),
+        second_percent=percent(theirs, counts=counts),
     )
 
 
 def order(grades_by_run: Mapping[str, Sequence[Grade]]) -> list[Difference]:
-    """Runs from best to worst by mean score, as the differences between neighbours in that order."""
+    """Runs from best to worst, as the differences between neighbours in that order.
 
-    def mean(name: str) -> float:
-        values = [g.value for g in grades_by_run[name]]
-        return sum(values) / len(values)
+    Only questions that all runs answered count, for the order and for the differences: so both say the same.
 
-    ranked = sorted(grades_by_run, key=lambda name: (-mean(name), name))
-    return [compare(a, grades_by_run[a], b, grades_by_run[b]) for a, b in pairwise(ranked)]
+    Raises:
+        UsageError: there is no question that all runs answered.
+    """
+    answered = [{key_of(g.question) for g in grades} for grades in grades_by_run.values()]
+    common = reduce(set.intersection, answered) if answered else set()
+    if not common:
+        raise UsageError(
+            "the runs have answered no question in common",
+            why=", ".join(grades_by_run),
+            fix="compare runs that were asked the same benchmarks",
+        )
+    kept = {name: [g for g in grades if key_of(g.question) in common] for name, grades in grades_by_run.items()}
+    means = {name: percent(grades) for name, grades in kept.items()}
+    ranked = sorted(kept, key=lambda name: (-means[name], name))
+    return [compare(a, kept[a], b, kept[b]) for a, b in pairwise(ranked)]
+
+
+def key_of(question: Question) -> Key:
+    """What a question is known by among those of all benchmarks."""
+    return question.benchmark, question.id
+
+
+def _estimate(questions: Sequence[Question], values: Sequence[float], counts: Mapping[str, float] | None) -> Estimate:
+    parts, weights = _parts(questions, counts)
+    return estimate(values, [question.image for question in questions], strata=parts, weights=weights)
+
+
+def _parts(
+    questions: Sequence[Question], counts: Mapping[str, float] | None
+) -> tuple[list[Hashable], dict[Hashable, float]]:
+    """The part of each question, within which questions count the same, and what each part weighs."""
+    asked = Counter(question.benchmark for question in questions)
+    weight_of = asked if counts is None else counts
+    # without weights of their own, all benchmarks that are plain means over questions are one part
+    parts: list[Hashable] = [
+        (q.benchmark, q.question_type) if q.benchmark in MEAN_OF_TYPES else ("" if counts is None else q.benchmark, "")
+        for q in questions
+    ]
+    benchmarks_of: dict[Hashable, set[str]] = defaultdict(set)
+    splits: dict[str, set[Hashable]] = defaultdict(set)
+    for part, question in zip(parts, questions, strict=True):
+        benchmarks_of[part].add(question.benchmark)
+        splits[question.benchmark].add(part)
+    return parts, {
+        part: sum(weight_of[name] / len(splits[name]) for name in benchmarks)
+        for part, benchmarks in benchmarks_of.items()
+    }

@@ -1,11 +1,11 @@
 """How sure is a mean? Bootstrap intervals over images, since questions about one image are not independent.
 
-Q questions, I images, S strata (mostly one), R resamples.
+Q questions, I images, S strata (mostly one), R resamples, B resamples that are counted together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ class Estimate:
     """A mean with its bootstrap interval.
 
     Attributes:
-        value: the mean, or the mean of the strata's means.
+        value: the mean, or the weighted mean of the strata's means.
         interval95: the 2.5 % and 97.5 % quantiles of the resampled means.
         images: number of images that were resampled.
         resamples: how often.
@@ -39,6 +39,7 @@ def estimate(
     images: Sequence[str],
     *,
     strata: Sequence[Hashable] | None = None,
+    weights: Mapping[Hashable, float] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
@@ -50,24 +51,26 @@ def estimate(
     Args:
         values: one number per question; at least one.
         images: the image of each question.
-        strata: where the score is the unweighted mean over parts of the questions (POPE's splits), the part of each.
-            A resample without any question of some part is the mean of the others.
+        strata: where the score is a mean over parts of the questions (POPE's splits, the benchmarks of an average), the
+            part of each. A resample without any question of some part is the mean of the others.
+        weights: of each part; without them every part counts the same.
         resamples, seed: of the bootstrap.
     """
-    image_Q, image_count = _numbered(images)
-    stratum_Q, stratum_count = _numbered(strata) if strata is not None else (np.zeros_like(image_Q), 1)
-    cell_Q = stratum_Q * image_count + image_Q
-    cells = stratum_count * image_count
+    image_Q, image_names = _numbered(images)
+    stratum_Q, names = _numbered(strata if strata is not None else [None] * len(images))
+    weight_S = np.asarray([1.0 if weights is None else weights[name] for name in names])
+    cell_Q = stratum_Q * len(image_names) + image_Q
+    cells = len(names) * len(image_names)
     sums = np.bincount(cell_Q, weights=np.asarray(values, dtype=np.float64), minlength=cells)
     counts = np.bincount(cell_Q, minlength=cells)
-    sums_SI: Floats = sums.reshape(-1, image_count).astype(np.float64)
-    counts_SI: Floats = counts.reshape(-1, image_count).astype(np.float64)
-    means_R = _resampled_means(sums_SI, counts_SI, resamples, np.random.default_rng(seed))
+    sums_SI: Floats = sums.reshape(len(names), -1).astype(np.float64)
+    counts_SI: Floats = counts.reshape(len(names), -1).astype(np.float64)
+    means_R = _resampled_means(sums_SI, counts_SI, weight_S, resamples, np.random.default_rng(seed))
     low, high = np.quantile(means_R, (0.025, 0.975))
     return Estimate(
-        value=float((sums_SI.sum(axis=1) / counts_SI.sum(axis=1)).mean()),
+        value=float(np.average(sums_SI.sum(axis=1) / counts_SI.sum(axis=1), weights=weight_S)),
         interval95=(float(low), float(high)),
-        images=image_count,
+        images=len(image_names),
         resamples=resamples,
     )
 
@@ -78,6 +81,7 @@ def paired_difference(
     images: Sequence[str],
     *,
     strata: Sequence[Hashable] | None = None,
+    weights: Mapping[Hashable, float] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
@@ -86,7 +90,7 @@ def paired_difference(
     Both are resampled together: what makes an image hard for both does not widen the interval.
     """
     ahead = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    return estimate(ahead.tolist(), images, strata=strata, resamples=resamples, seed=seed)
+    return estimate(ahead.tolist(), images, strata=strata, weights=weights, resamples=resamples, seed=seed)
 
 
 def interval95(
@@ -96,23 +100,28 @@ def interval95(
     return estimate(values, images, strata=strata).interval95
 
 
-def _numbered(names: Iterable[Hashable]) -> tuple[npt.NDArray[np.int64], int]:
-    """For each name a number, 0, 1, ... in the order of first appearance, and how many there are."""
+def _numbered(names: Iterable[Hashable]) -> tuple[npt.NDArray[np.int64], list[Hashable]]:
+    """For each name a number, 0, 1, ... in the order of first appearance, and the names in that order."""
     numbers: dict[Hashable, int] = {}
     numbered = [numbers.setdefault(name, len(numbers)) for name in names]
-    return np.asarray(numbered, dtype=np.int64), len(numbers)
+    return np.asarray(numbered, dtype=np.int64), list(numbers)
 
 
-def _resampled_means(sums_SI: Floats, counts_SI: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """The mean of the strata's means in each resample of the columns."""
+def _resampled_means(
+    sums_SI: Floats, counts_SI: Floats, weight_S: Floats, resamples: int, rng: np.random.Generator
+) -> Floats:
+    """The weighted mean of the strata's means in each resample of the columns."""
     images = sums_SI.shape[1]
     means: list[Floats] = []
     rows = max(1, _DRAWN_AT_ONCE // images)
     for start in range(0, resamples, rows):
-        drawn_RI = rng.integers(images, size=(min(rows, resamples - start), images), dtype=np.int32)
-        sums_SR = np.stack([sums_I[drawn_RI].sum(axis=1) for sums_I in sums_SI])
-        counts_SR = np.stack([counts_I[drawn_RI].sum(axis=1) for counts_I in counts_SI])
-        asked_SR = counts_SR > 0
-        means_SR = np.divide(sums_SR, counts_SR, out=np.zeros_like(sums_SR), where=asked_SR)
-        means.append(means_SR.sum(axis=0) / asked_SR.sum(axis=0))
+        drawn_BI = rng.integers(images, size=(min(rows, resamples - start), images), dtype=np.int32)
+        # how often each image was drawn: then strata cost a product of matrices, and not a look-up for each draw
+        times_BI: Floats = np.empty(drawn_BI.shape)
+        for times_I, drawn_I in zip(times_BI, drawn_BI, strict=True):
+            times_I[:] = np.bincount(drawn_I, minlength=images)
+        sums_SB, counts_SB = sums_SI @ times_BI.T, counts_SI @ times_BI.T
+        asked_SB = counts_SB > 0
+        means_SB = np.divide(sums_SB, counts_SB, out=np.zeros_like(sums_SB), where=asked_SB)
+        means.append(weight_S @ means_SB / (weight_S @ asked_SB))
     return np.concatenate(means)

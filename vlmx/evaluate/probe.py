@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlmx.cache_specs.places import Place, place_of
+from vlmx.evaluate.metrics.ranking import area_under_roc
 
 if TYPE_CHECKING:
     from vlmx.cache_specs.token_source import TokenSource
@@ -180,16 +181,9 @@ def _r_squared(predicted: Floats, truth: Floats) -> float:
 def _objectness(features: tuple[Floats, Floats], train: Cells, test: Cells) -> float:
     train_TF, test_TF = features
     predicted = _read_out(train_TF, train.covered_T[:, None].astype(np.float64), test_TF)[:, 0]
-    return area_under_roc(predicted, test.covered_T)
-
-
-def area_under_roc(scores: Floats, positive: npt.NDArray[np.bool_]) -> float:
-    """The chance that a random positive scores higher than a random negative, ties counting half; by mean ranks."""
-    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = (np.cumsum(counts) - (counts - 1) / 2)[group]
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    return float((mean_rank[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    area = area_under_roc(predicted, test.covered_T)
+    assert area is not None  # the scenes have cells of both kinds
+    return area
 
 
 def _box_quality(features: tuple[Floats, Floats], train: Cells, test: Cells) -> tuple[float, float]:

@@ -14,14 +14,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from vlmx.cache_specs.catalog import backbone_of
 from vlmx.cache_specs.geometry import Geometry, convert_box
+from vlmx.data.benchmarks import load_benchmark
+from vlmx.data.published import DATA_ROOT
 from vlmx.data.records import Box, Question
+from vlmx.data.wording import Wording
 from vlmx.errors import DataError, RunError
-from vlmx.evaluate.answers import Answer, Control, Header, answered_benchmarks, answers_path, read_answers
+from vlmx.evaluate.answers import Answer, Control, Dtype, Header, answered_benchmarks, answers_path, read_answers
 from vlmx.evaluate.baselines import baselines_of
+from vlmx.evaluate.groups import questions_sha256
 from vlmx.evaluate.intervals import estimate
 from vlmx.evaluate.metrics import MEAN_OF_TYPES, breakdown, rule_of
 from vlmx.evaluate.metrics.boxes import Comparison, hit_of, overlaps, parse_box
@@ -33,6 +38,12 @@ COMPARISON_OF: Mapping[BoxRule, Comparison] = {"exact": "corrected", "paper": "r
 _COMPARISON_TEXT: Mapping[Comparison, str] = {
     "corrected": "after the answer was converted from the encoder's input to the source image",
     "raw": "as the paper's evaluation takes it: letterbox ignored, true box rounded to two decimals",
+}
+
+
+_BOXES_TEXT: Mapping[BoxRule, str] = {
+    "exact": "boxes converted from the encoder's input to the source image",
+    "paper": "boxes compared raw, as in the paper's evaluation",
 }
 
 
@@ -77,6 +88,12 @@ class Score:
         baselines: percent by name (see baselines.py), over the same questions.
         details: percent by question type, and what else the official scripts report (see metrics/breakdown.py).
         model, cache, fingerprint, encoder_weights, prompt_format: what the answers were made with.
+        wording: how the questions were worded.
+        boxes: how boxes were compared: "exact" converts answers from the encoder's input to the source image, "paper"
+            does not; None for text questions.
+        subset: which part of the benchmark was asked, e.g. "slim"; empty for all of it.
+        exact: whether each question was answered alone.
+        dtype: what the model computed in.
     """
 
     benchmark: str
@@ -97,6 +114,25 @@ class Score:
     fingerprint: str
     encoder_weights: str
     prompt_format: str
+    wording: Wording = "default"
+    boxes: BoxRule | None = None
+    subset: str = ""
+    exact: bool = False
+    dtype: Dtype = "fp32"
+
+    @property
+    def size(self) -> str:
+        """How many questions were answered, and of how many, and why not of all: "1,024 of 8,910 (slim)"."""
+        if not self.partial:
+            return f"{self.n:,}"
+        why = [self.subset, f"{self.missing:,} not answered yet" if self.missing else ""]
+        return f"{self.n:,} of {self.expected:,} ({', '.join(filter(None, why)) or 'partial'})"
+
+    @property
+    def made_with(self) -> str:
+        """Wording and box frame in words: "prompts as in training; boxes converted to the source image"."""
+        prompts = {"default": "prompts as in training", "paper": "prompts as in the paper's evaluation"}[self.wording]
+        return prompts if self.boxes is None else f"{prompts}; {_BOXES_TEXT[self.boxes]}"
 
     @property
     def encoder(self) -> str:
@@ -166,7 +202,6 @@ def grade_answers(
     questions: Sequence[Question],
     *,
     box_rule: BoxRule = "exact",
-    probabilities: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Grade]:
     """Grades in the order of the benchmark, for the questions that were asked.
 
@@ -174,10 +209,11 @@ def grade_answers(
         header, answers: as read from an answers.jsonl.
         questions: all questions of the benchmark.
         box_rule: see `grade`.
-        probabilities: by question id, those of the options where the first token was asked for them.
 
     Raises:
-        RunError: an answer's question is not in the benchmark, a question is answered twice, or there are no answers.
+        RunError: an answer's question is not in the benchmark, a question is answered twice, there are no answers, or
+            the questions are not those that were asked.
+        DataError: an answer has probabilities, and its question has not as many options.
     """
     by_id = {answer.id: answer for answer in answers}
     strangers = set(by_id) - {question.id for question in questions}
@@ -196,10 +232,15 @@ def grade_answers(
             why=f"e.g. {twice[0]}; which answer is meant cannot be known",
             fix="delete the answers and give `vlmx eval` again",
         )
+    if header.questions_sha256 and header.questions_sha256 != questions_sha256(questions):
+        raise RunError(
+            f"the annotations of '{header.benchmark}' are not the ones that its answers were made for",
+            why="ids, prompts or right answers have changed since; scores of the two would not be comparable",
+            fix="give the folder with the old files with --data-root, or delete the answers and give `vlmx eval` again",
+        )
     geometry = Geometry(**header.geometry)
-    options = probabilities or {}
     return [
-        grade(q, by_id[q.id].text, geometry, box_rule=box_rule, probabilities=options.get(q.id))
+        grade(q, by_id[q.id].text, geometry, box_rule=box_rule, probabilities=by_id[q.id].probabilities)
         for q in questions
         if q.id in by_id
     ]
@@ -228,7 +269,7 @@ def score_grades(header: Header, grades: Sequence[Grade], *, box_rule: BoxRule =
         n=len(grades),
         expected=header.questions,
         partial=len(grades) < header.questions,
-        missing=min(header.questions, header.limit or header.questions) - len(grades),
+        missing=header.to_ask - len(grades),
         invalid=sum(not g.valid for g in grades),
         baselines={str(name): value for name, value in baselines_of(asked).items()},
         details=_details(header.benchmark, grades, types),
@@ -237,6 +278,11 @@ def score_grades(header: Header, grades: Sequence[Grade], *, box_rule: BoxRule =
         fingerprint=header.fingerprint,
         encoder_weights=header.encoder_weights,
         prompt_format=header.prompt_format,
+        wording=header.wording,
+        boxes=box_rule if kind == "box" else None,
+        subset=header.subset,
+        exact=header.exact,
+        dtype=header.dtype,
     )
 
 
@@ -267,12 +313,21 @@ def _details(benchmark: str, grades: Sequence[Grade], types: Sequence[str]) -> d
 
 
 def grades_of_run(
-    run: RunFolder, benchmark: str, control: Control, *, box_rule: BoxRule = "exact"
+    run: RunFolder,
+    benchmark: str,
+    control: Control,
+    *,
+    box_rule: BoxRule = "exact",
+    data_root: str | Path | None = None,
 ) -> tuple[Header, list[Grade]]:
-    """Read a run's answers to a benchmark and grade them.
+    """Read a run's answers to a benchmark, finished or not, and grade them.
+
+    Args:
+        data_root: where the benchmark's published files are; None: where they were when it was answered.
 
     Raises:
-        RunError: the file holds answers to another benchmark, or under another control.
+        RunError: the file holds answers to another benchmark, or under another control; see `grade_answers`, too.
+        DataError: the benchmark's files are missing or damaged.
     """
     path = answers_path(run, benchmark, control)
     header, answers = read_answers(path)
@@ -283,28 +338,39 @@ def grades_of_run(
             f"(control: {control})",
             fix="move the file back to where it came from",
         )
-    return header, grade_answers(header, answers, questions_of(benchmark), box_rule=box_rule)
+    root = header.data_root if data_root is None else str(data_root)
+    return header, grade_answers(header, answers, questions_of(benchmark, root, header.wording), box_rule=box_rule)
 
 
 @cache
-def questions_of(benchmark: str) -> tuple[Question, ...]:
+def questions_of(benchmark: str, data_root: str | None = None, wording: Wording = "default") -> tuple[Question, ...]:
     """The questions of a benchmark, loaded once a process: a report grades the same ones for every run."""
-    from vlmx.data.benchmarks import load_benchmark
-
-    return tuple(load_benchmark(benchmark))
+    return tuple(load_benchmark(benchmark, root=data_root or DATA_ROOT, wording=wording))
 
 
-def score_run(run: RunFolder, *, box_rule: BoxRule = "exact") -> list[Score]:
-    """Score all answers of a run and write a scores.json beside each answers.jsonl.
+def score_run(
+    run: RunFolder,
+    *,
+    box_rule: BoxRule = "exact",
+    data_root: str | Path | None = None,
+    benchmarks: Sequence[str] | None = None,
+    controls: Sequence[Control] = ("none", "shuffled"),
+) -> list[Score]:
+    """Score answers of a run and write a scores.json beside each answers.jsonl.
+
+    Args:
+        box_rule, data_root: see `grades_of_run`.
+        benchmarks, controls: which; None: all that have answers.
 
     Raises:
         RunError: the run has no answers at all, or some are damaged.
     """
     scores = []
-    controls: tuple[Control, ...] = ("none", "shuffled")
     for control in controls:
         for benchmark in answered_benchmarks(run, control):
-            header, grades = grades_of_run(run, benchmark, control, box_rule=box_rule)
+            if benchmarks is not None and benchmark not in benchmarks:
+                continue
+            header, grades = grades_of_run(run, benchmark, control, box_rule=box_rule, data_root=data_root)
             score = score_grades(header, grades, box_rule=box_rule)
             write_json(answers_path(run, benchmark, control).with_name("scores.json"), asdict(score))
             scores.append(score)

@@ -11,7 +11,11 @@ The card is written last, so a folder with a card is whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +23,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vlmx.cache_specs.fused import TokenSpec, spec_from_dict
-from vlmx.errors import RunError, WeightsError
+from vlmx.errors import OutOfSpaceError, RunError, WeightsError
 from vlmx.models.connectors import build_connector
 from vlmx.models.llm import load_llm, no_progress_bars
 from vlmx.models.prompts import Prompt, choose_prompt
 from vlmx.models.rope import round_positions
 from vlmx.models.vlm import VLM
-from vlmx.runs import write_json
+from vlmx.runs import space_error, write_json
 
 CARD = "model.json"
 
@@ -71,10 +75,18 @@ def save_model(
 
     Args:
         weights: full state dict of `vlm` where its own parameters are sharded; None: take them from `vlm`.
+
+    Raises:
+        OutOfSpaceError: the disk is full; what was written is removed.
     """
+    state = dict(vlm.state_dict() if weights is None else weights)
+    with _whole_or_not(folder):
+        _write_model(folder, vlm, tokenizer, card, state)
+
+
+def _write_model(folder: Path, vlm: VLM, tokenizer: Any, card: ModelCard, state: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    state = dict(vlm.state_dict() if weights is None else weights)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
     connector = {
@@ -90,6 +102,26 @@ def save_model(
     write_json(folder / CARD, card_to_dict(card))
 
 
+@contextmanager
+def _whole_or_not(folder: Path) -> Iterator[None]:
+    """What the block writes is removed when there is no room for all of it, so that at least a log has some."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises nothing more special, and tells the system's error in words only
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        cause: Exception = OSError(int(told[1]), os.strerror(int(told[1]))) if told else error
+        if isinstance(cause, OSError):
+            cause = space_error(cause, folder)
+        if not isinstance(cause, OutOfSpaceError):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OutOfSpaceError(
+            f"no space left for the model in {folder}",
+            why=f"{cause.why}; what was written of the model is removed",
+            fix="free some space and give the same command again; a training goes on with --resume",
+        ) from error
+
+
 def card_to_dict(card: ModelCard) -> dict[str, Any]:
     """Plain data for JSON; `card_from_dict` reads it back."""
     return {**asdict(card), "spec": card.spec.to_dict()}
@@ -98,6 +130,21 @@ def card_to_dict(card: ModelCard) -> dict[str, Any]:
 def card_from_dict(fields: Mapping[str, Any]) -> ModelCard:
     """A card from plain data."""
     return ModelCard(**{**fields, "spec": spec_from_dict(fields["spec"]), "grid": tuple(fields["grid"])})
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card of what `save_model` wrote.
+
+    Raises:
+        RunError: there is no whole model in the folder.
+    """
+    if not (folder / CARD).exists():
+        raise RunError(
+            f"there is no trained model in {folder}",
+            why=f"it has no {CARD}, so the training did not finish",
+            fix="finish it: vlmx train --resume --out RUN",
+        )
+    return card_from_dict(json.loads((folder / CARD).read_text()))
 
 
 def load_model(folder: Path) -> SavedModel:
@@ -109,13 +156,7 @@ def load_model(folder: Path) -> SavedModel:
     """
     from safetensors.torch import load_file
 
-    if not (folder / CARD).exists():
-        raise RunError(
-            f"there is no trained model in {folder}",
-            why=f"it has no {CARD}, so the training did not finish",
-            fix="finish it: vlmx train --resume --out RUN",
-        )
-    card = card_from_dict(json.loads((folder / CARD).read_text()))
+    card = read_card(folder)
     llm, tokenizer = load_llm(str(folder / "llm"))
     connector = build_connector(card.connector, card.dim_vision, card.dim_llm)
     try:

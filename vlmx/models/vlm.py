@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmx.errors import WeightsError
 from vlmx.models.tokens import to_floats
 
 
@@ -51,8 +52,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; a copy from page-locked memory runs by itself."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
 
@@ -87,17 +89,29 @@ class VLM(nn.Module):
                 "attention_mask": isolating_mask(batch.turn_BT, embeds_BTE.dtype),
                 "position_ids": batch.position_BT,
             }
-        logits_SV = self._logits(embeds_BTE, batch.predictor_S, **extra)
+        logits_SV = self.logits(embeds_BTE, batch.predictor_S, **extra)
         if batch.weight_S is None:
             return F.cross_entropy(logits_SV.float(), batch.target_S, reduction="sum")
         return F.cross_entropy(logits_SV.float(), batch.target_S, reduction="none") @ batch.weight_S
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM computes."""
+        device: torch.device = self.llm.get_input_embeddings().weight.device
+        return device
+
+    def connect(self, visual_UND: Tensor) -> Tensor:
+        """What the LLM gets for visual tokens of any float dtype, [U, N, E]."""
+        visual_UNE: Tensor = self.connector(visual_UND.to(self.device, _dtype_of(self.connector)))
+        return visual_UNE
 
     @torch.inference_mode()
     def first_token_logits(self, visual_BND: Tensor, prompts_ids: Sequence[Sequence[int]]) -> Tensor:
         """Logits of the first answer token after each prompt, float32 [B, V]; the input is that of `generate`."""
         result: dict[int, Tensor] = {}
         for rows, embeds_BTE in self._prompt_groups(visual_BND, prompts_ids):
-            logits_BV = self._logits(embeds_BTE, _last_of_each(embeds_BTE)).float()
+            logits_BV = self.logits(embeds_BTE, _last_of_each(embeds_BTE)).float()
+            check_numbers(logits_BV)
             result.update(zip(rows, logits_BV, strict=True))
         return torch.stack([result[row] for row in range(len(prompts_ids))])
 
@@ -117,6 +131,9 @@ class VLM(nn.Module):
 
         Returns:
             The generated ids of each prompt, the end token excluded.
+
+        Raises:
+            WeightsError: the logits are not numbers.
         """
         answers: list[list[int]] = [[] for _ in prompts_ids]
         for rows, embeds_BTE in self._prompt_groups(visual_BND, prompts_ids):
@@ -134,7 +151,8 @@ class VLM(nn.Module):
         ended_B = torch.zeros(len(embeds_BTE), dtype=torch.bool, device=embeds_BTE.device)
         chosen: list[Tensor] = []
         for _ in range(max_new_tokens):
-            logits_BV = self._logits(embeds_BTE, _last_of_each(embeds_BTE), past_key_values=cache, use_cache=True)
+            logits_BV = self.logits(embeds_BTE, _last_of_each(embeds_BTE), past_key_values=cache, use_cache=True)
+            check_numbers(logits_BV)
             chosen.append(logits_BV.argmax(dim=-1))
             ended_B |= torch.isin(chosen[-1], eos)
             if bool(ended_B.all()):
@@ -166,15 +184,14 @@ class VLM(nn.Module):
             rows_of.setdefault(len(ids), []).append(row)
         embedding = self.llm.get_input_embeddings()
         for rows in rows_of.values():
-            ids_BT = torch.tensor([list(prompts_ids[row]) for row in rows], device=embedding.weight.device)
-            text_BTE = embedding(ids_BT)
-            visual_BNE = self.connector(visual_BND[rows].to(text_BTE.device, _dtype_of(self.connector)))
-            parts = text_BTE[:, : self.visual_at], visual_BNE.to(text_BTE.dtype), text_BTE[:, self.visual_at :]
+            text_BTE = embedding(torch.tensor([list(prompts_ids[row]) for row in rows], device=self.device))
+            visual_BNE = self.connect(visual_BND[rows]).to(text_BTE.dtype)
+            parts = text_BTE[:, : self.visual_at], visual_BNE, text_BTE[:, self.visual_at :]
             yield rows, torch.cat(parts, dim=1)
 
-    def _logits(self, embeds_BTE: Tensor, positions_S: Tensor, use_cache: bool = False, **extra: Any) -> Tensor:
-        """Logits [S, V] at flat positions; the rest of the LLM's forward, its scaling of logits included, stays its
-        own.
+    def logits(self, embeds_BTE: Tensor, positions_S: Tensor, use_cache: bool = False, **extra: Any) -> Tensor:
+        """Logits [S, V] at flat positions of embeddings, and nowhere else; the rest of the LLM's forward, which gets
+        `extra`, stays its own, its scaling of logits included.
         """
         self._head_positions = positions_S
         try:
@@ -188,6 +205,20 @@ class VLM(nn.Module):
         if self._head_positions is None:
             return inputs
         return (inputs[0].flatten(0, 1)[self._head_positions][None], *inputs[1:])
+
+
+def check_numbers(logits_BV: Tensor) -> None:
+    """Make sure that a choice by these logits means something.
+
+    Raises:
+        WeightsError: some are NaN.
+    """
+    if bool(logits_BV.isnan().any()):
+        raise WeightsError(
+            "the model's logits are not numbers",
+            why="NaN comes out of it: its training diverged, its weights are damaged, or the dtype overflows",
+            fix="look at the losses of its training; if they are numbers, try --dtype fp32",
+        )
 
 
 def isolating_mask(turn_BT: Tensor, dtype: torch.dtype) -> Tensor:

@@ -108,6 +108,7 @@ def main() -> None:
 def run_chain(commands: Sequence[Sequence[str]]) -> None:
     """Run commands in this process, so that the heavy libraries are imported once."""
     from vlmx.evaluate import command as evaluate
+    from vlmx.evaluate.report import command as report
     from vlmx.extract import command as extract
     from vlmx.train import command as train
 
@@ -116,7 +117,7 @@ def run_chain(commands: Sequence[Sequence[str]]) -> None:
         "probe": evaluate.probe,
         "train": train.train,
         "eval": evaluate.evaluate,
-        "report": evaluate.report,
+        "report": report.report,
     }
     for name, *arguments in commands:
         table[name].main(args=list(arguments), prog_name=f"vlmx {name}", standalone_mode=False)

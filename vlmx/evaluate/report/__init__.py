@@ -1,6 +1,7 @@
-"""What came out, on one page? Runs on disk -> plain data -> one HTML file that needs no network.
+"""What came out, on one page? Runs on disk, and the paper's rows -> plain data -> one HTML file that needs no network.
 
-runs, caches ─ collect ─▶ Report ─┬─ plots (SVG) ──┐
-                                  ├─ table ────────┼─ html ─▶ report.html
-                                  └─ pictures (PNG)┘
+runs ─ run_data ─ collect ─▶ Report ─┬─ rankings, samples, map_samples (pictures: PNG, JPEG) ─┐
+                                     ├─ plots, published_plots (SVG), correlation ────────────┼─ html ─▶ report.html
+                                     └─ paper_table ─┬────────────────────────────────────────┘
+                                                     └─▶ the paper's rows as CSV and LaTeX
 """

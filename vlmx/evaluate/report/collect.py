@@ -1,8 +1,7 @@
-"""What does a report say? Plain data gathered from run folders, with the annotations and caches that they name."""
+"""What does a report say? Plain data of its runs, ranked and compared, and of the paper."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,62 +10,18 @@ from typing import Any
 from vlmx.cache_specs.catalog import stem
 from vlmx.cache_specs.places import Place
 from vlmx.console import note
-from vlmx.errors import RunError, UnknownNameError
-from vlmx.evaluate.aggregate import Averages, averages_by_questions
-from vlmx.evaluate.answers import answered_benchmarks
+from vlmx.data.published import DATA_ROOT
+from vlmx.errors import RunError, UsageError
+from vlmx.evaluate.beside import PAPER_QUESTIONS
 from vlmx.evaluate.compare import Difference
-from vlmx.evaluate.intervals import interval95
+from vlmx.evaluate.paper_rows import PaperRow, paper_rows
 from vlmx.evaluate.probe import ProbeResult, read_probe
 from vlmx.evaluate.report.rankings import Contestant, Ranking, pairs, rankings
-from vlmx.evaluate.score import Grade, Score, grades_of_run, score_grades
+from vlmx.evaluate.report.run_data import RunData, part_of, read_run
+from vlmx.evaluate.score import BoxRule
 from vlmx.runs import RunFolder
 
-
-@dataclass(frozen=True, kw_only=True)
-class Pooled:
-    """A mean over the questions of several benchmarks, in percent."""
-
-    score: float
-    interval95: tuple[float, float]
-    n: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunData:
-    """One run, read from disk.
-
-    Attributes:
-        name: the run folder's name.
-        encoder, connector, llm, data: what was combined.
-        cache, fingerprint: where the tokens came from.
-        spec: the cache's spec as plain data; empty if the cache is not at hand.
-        scores, control_scores: by benchmark; `control_scores` are those with shuffled images.
-        grades: graded answers by benchmark, without the control.
-        averages: weighted over the benchmarks of the run; None if it lacks text or box benchmarks.
-        pooled: mean over all questions of a group ("VQA", "boxes", "overall"), which is the same weighting, with its
-            interval.
-        losses: (step, loss) as logged.
-        config, environment, status, card: the run's files as plain data.
-    """
-
-    name: str
-    encoder: str
-    connector: str
-    llm: str
-    data: str
-    cache: str
-    fingerprint: str
-    spec: Mapping[str, Any]
-    scores: Mapping[str, Score]
-    control_scores: Mapping[str, Score]
-    grades: Mapping[str, Sequence[Grade]]
-    averages: Averages | None
-    pooled: Mapping[str, Pooled]
-    losses: Sequence[tuple[int, float]]
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    status: Mapping[str, Any]
-    card: Mapping[str, Any]
+MOST_PAIRED = 6  # with more runs a table of all pairs is no longer read, and takes long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +30,15 @@ class Report:
 
     Attributes:
         runs: in the order in which they were named.
-        benchmarks: of all runs, text ones first.
+        benchmarks: of all runs, text ones first; the paper's in its order.
         text_benchmarks, box_benchmarks: the two groups.
         rankings: of encoders, connectors and runs, each on "VQA" and "boxes".
-        pairs: for every two runs their differences by group.
+        pairs: for every two runs their differences by group; empty with more than MOST_PAIRED runs.
         probes: by cache name, of the caches that were probed.
+        published: the paper's rows, where they were asked for.
+        box_rule: how boxes were compared.
+        caches: folder or url of all caches.
+        data_roots: by benchmark the folder below which its photos may lie.
         partial: whether any score covers only a part of its benchmark.
     """
 
@@ -90,26 +49,50 @@ class Report:
     rankings: Sequence[Ranking]
     pairs: Sequence[Mapping[str, Difference]]
     probes: Mapping[str, ProbeResult]
+    published: Sequence[PaperRow]
+    box_rule: BoxRule
+    caches: str | Path | Place
+    data_roots: Mapping[str, Path]
     partial: bool
 
 
-def collect(runs: Sequence[RunFolder], *, caches: str | Path | Place) -> Report:
+def collect(
+    runs: Sequence[RunFolder],
+    *,
+    caches: str | Path | Place,
+    published: bool = False,
+    rows: Sequence[str] = (),
+    box_rule: BoxRule = "exact",
+    data_root: str | Path | None = None,
+) -> Report:
     """Read runs and compare them.
 
     Args:
         runs: evaluated runs; scores are computed from their answers, so that no stale scores.json is shown.
-        caches: folder or url of all caches, for specs and probe results; what is not there is left out and noted.
+        caches: folder or url of all caches, for specs, probe results and maps; what is not there is left out and noted.
+        published: whether the paper's rows are shown, too.
+        rows: published rows to compare with, one for all runs or one for each; empty: those that fit the runs.
+        box_rule: how boxes are compared, see `vlmx.evaluate.score.grade`.
+        data_root: where published benchmarks lie, and their photos if they are at hand; None: where they were when the
+            questions were answered.
 
     Raises:
-        RunError: a run has no answers, or two runs have the same name.
+        RunError: a run has no answers, two runs have the same name, there is nothing to report, or answers do not
+            belong to the benchmark's questions.
+        DataError: the files of a benchmark are missing or damaged.
+        UsageError: it is not clear which row is meant for which run.
+        UnknownNameError: one of `rows` is no row.
     """
+    if not runs and not published:
+        raise RunError("there is nothing to report", fix="name runs, or give --published")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise RunError("two of the runs have the same name", why=", ".join(names), fix="rename one of the folders")
-    data = [_read_run(run, caches) for run in runs]
+    row_of = _row_names(runs, rows)
+    data = [read_run(run, caches=caches, row=row_of[run.name], box_rule=box_rule, data_root=data_root) for run in runs]
     if len({run.cache for run in data}) > len({run.encoder for run in data}):  # one backbone at several sizes
         data = [replace(run, encoder=stem(run.cache)) for run in data]
-    kinds = {name: score.kind for run in data for name, score in run.scores.items()}
+    kinds = _kinds(data)
     text = [name for name, kind in kinds.items() if kind == "text"]
     boxes = [name for name, kind in kinds.items() if kind == "box"]
     groups = {"VQA": text, "boxes": boxes}
@@ -126,7 +109,8 @@ def collect(runs: Sequence[RunFolder], *, caches: str | Path | Place) -> Report:
         for run in data
     ]
     probes = {run.cache: read_probe(caches, run.cache) for run in data}
-    for cache in (cache for cache, result in probes.items() if result is None):
+    mini = {run.cache for run in data if any(name not in PAPER_QUESTIONS for name in run.scores)}
+    for cache in (cache for cache, result in probes.items() if result is None and cache in mini):
         note(f"no linear probe of {cache} is at hand: vlmx probe --cache {cache} --caches {caches}")
     return Report(
         runs=data,
@@ -134,82 +118,35 @@ def collect(runs: Sequence[RunFolder], *, caches: str | Path | Place) -> Report:
         text_benchmarks=text,
         box_benchmarks=boxes,
         rankings=rankings(contestants, list(groups)),
-        pairs=pairs(contestants, list(groups)),
+        pairs=pairs(contestants, list(groups)) if len(data) <= MOST_PAIRED else [],
         probes={cache: result for cache, result in probes.items() if result is not None},
-        partial=any(score.partial for run in data for score in (*run.scores.values(), *run.control_scores.values())),
+        published=paper_rows() if published else (),
+        box_rule=box_rule,
+        caches=caches,
+        data_roots={
+            name: Path(data_root or header["data_root"] or DATA_ROOT)
+            for run in data
+            for name, header in run.headers.items()
+        },
+        partial=any(part_of(score) for run in data for score in (*run.scores.values(), *run.control_scores.values())),
     )
 
 
-def _read_run(run: RunFolder, caches: str | Path | Place) -> RunData:
-    names = answered_benchmarks(run, "none")
-    if not names:
-        raise RunError(f"run '{run.name}' has no answers", fix=f"give `vlmx eval --run {run.path}` first")
-    scores, grades = {}, {}
-    for name in names:
-        header, grades[name] = grades_of_run(run, name, "none")
-        scores[name] = score_grades(header, grades[name])
-    control_scores = {
-        name: score_grades(*grades_of_run(run, name, "shuffled")) for name in answered_benchmarks(run, "shuffled")
-    }
-    card = _json(run.path / "model" / "model.json")
-    first = next(iter(scores.values()))
-    return RunData(
-        name=run.name,
-        encoder=first.encoder,
-        connector=str(card.get("connector", "")),
-        llm=str(card.get("llm", "")),
-        data=str(run.config.get("data", "")),
-        cache=first.cache,
-        fingerprint=first.fingerprint,
-        spec=_spec(first.cache, caches),
-        scores=scores,
-        control_scores=control_scores,
-        grades=grades,
-        averages=_averages(scores),
-        pooled=_pooled(scores, grades),
-        losses=[(int(line["step"]), float(line["loss"])) for line in run.metrics() if {"step", "loss"} <= set(line)],
-        config=run.config,
-        environment=_json(run.path / "environment.json"),
-        status=run.status,
-        card=card,
-    )
+def _row_names(runs: Sequence[RunFolder], rows: Sequence[str]) -> dict[str, str | None]:
+    if len(rows) not in (0, 1, len(runs)):
+        raise UsageError(
+            "it is not clear which row is meant for which run",
+            why=f"{len(rows)} rows for {len(runs)} runs",
+            fix="give --row once, or once for each run",
+        )
+    named: Sequence[str | None] = [rows[0]] * len(runs) if len(rows) == 1 else rows or [None] * len(runs)
+    return {run.name: row for run, row in zip(runs, named, strict=True)}
 
 
-def _averages(scores: Mapping[str, Score]) -> Averages | None:
-    counts = {kind: {n: s.n for n, s in scores.items() if s.kind == kind} for kind in ("text", "box")}
-    if not (counts["text"] and counts["box"]):
-        return None
-    percent = {name: score.score for name, score in scores.items()}
-    return averages_by_questions(percent, vqa_questions=counts["text"], loc_questions=counts["box"])
-
-
-def _pooled(scores: Mapping[str, Score], grades: Mapping[str, Sequence[Grade]]) -> dict[str, Pooled]:
-    members = {
-        "VQA": [g for name, score in scores.items() if score.kind == "text" for g in grades[name]],
-        "boxes": [g for name, score in scores.items() if score.kind == "box" for g in grades[name]],
-    }
-    members["overall"] = [*members["VQA"], *members["boxes"]]
-    result = {}
-    for group, graded in members.items():
-        values = [100 * g.value for g in graded]
-        if values:
-            interval = interval95(values, [g.question.image for g in graded])
-            result[group] = Pooled(score=sum(values) / len(values), interval95=interval, n=len(values))
-    return result
-
-
-def _spec(cache: str, caches: str | Path | Place) -> dict[str, Any]:
-    from vlmx.cache_specs.reader import open_cache
-
-    try:
-        return open_cache(cache, caches, allow_partial=True).spec.to_dict()
-    except UnknownNameError:
-        note(f"the cache {cache} is not at hand, so the report lacks its spec: give its folder with --caches")
-        return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+def _kinds(runs: Sequence[RunData]) -> dict[str, str]:
+    """Benchmark -> kind, the paper's benchmarks first and in its order."""
+    found = {name: score.kind for run in runs for name, score in run.scores.items()}
+    return {name: found[name] for name in [*PAPER_QUESTIONS, *found] if name in found}
 
 
 def score_rows(report: Report) -> list[dict[str, Any]]:

@@ -10,14 +10,16 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vlmx.evaluate.report.collect import Report, RunData
+from vlmx.evaluate.report.collect import Report
+from vlmx.evaluate.report.paper_table import title_of
+from vlmx.evaluate.report.run_data import RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = ("#3b7dd8", "#e0802f", "#2a9d74", "#b04fa8", "#c0a020", "#6478a0", "#d1495b", "#3aa0b8")
-_INK, _RULE = "#010203", "#040506"
+INK, RULE = "#010203", "#040506"
 _WIDTH_IN = 7.4
 _BAR_IN = 0.17
 _SMOOTHED_STEPS = 25
@@ -32,33 +34,33 @@ def result_plot(report: Report) -> str:
     """Bars with intervals for every benchmark and run; a line marks the baseline, an open circle the control."""
     benchmarks = report.benchmarks
     step = len(report.runs) + 1.2
-    figure, axes = _figure("results", height_in=0.7 + _BAR_IN * step * len(benchmarks))
+    figure, axes = figure_of("results", height_in=0.7 + _BAR_IN * step * len(benchmarks))
     for place, benchmark in enumerate(benchmarks):
         for index, run in enumerate(report.runs):
             if benchmark in run.scores:
                 _result_bar(axes, run, benchmark, place * step + index, color_of(index))
         baselines = [_baseline(run, benchmark) for run in report.runs if benchmark in run.scores]
         top, bottom = place * step - 0.6, place * step + len(report.runs) - 0.4
-        axes.plot([max(baselines)] * 2, [top, bottom], color=_INK, linewidth=1.4, zorder=4)
+        axes.plot([max(baselines)] * 2, [top, bottom], color=INK, linewidth=1.4, zorder=4)
     axes.set_yticks(
         [place * step + (len(report.runs) - 1) / 2 for place in range(len(benchmarks))],
-        [name.removeprefix("mini-") for name in benchmarks],
+        [title_of(name) for name in benchmarks],
     )
     axes.set_ylim(len(benchmarks) * step - 0.6, -1.2)
     axes.set_xlim(0, 100)
     axes.set_xlabel("score in percent, 95 % interval")
-    axes.grid(axis="x", color=_RULE, linewidth=0.6, zorder=0)
-    return _svg(figure, "results")
+    axes.grid(axis="x", color=RULE, linewidth=0.6, zorder=0)
+    return svg_of(figure, "results")
 
 
 def _result_bar(axes: Axes, run: RunData, benchmark: str, y: float, color: str) -> None:
     score = run.scores[benchmark]
     low, high = score.interval95
     axes.barh(y, score.score, height=0.86, color=color, zorder=2)
-    axes.plot([low, high], [y, y], color=_INK, linewidth=1.0, alpha=0.75, zorder=3)
+    axes.plot([low, high], [y, y], color=INK, linewidth=1.0, alpha=0.75, zorder=3)
     if benchmark in run.control_scores:
         control = run.control_scores[benchmark].score
-        axes.plot([control], [y], marker="o", markersize=3.6, markerfacecolor="none", color=_INK, zorder=5)
+        axes.plot([control], [y], marker="o", markersize=3.6, markerfacecolor="none", color=INK, zorder=5)
 
 
 def _baseline(run: RunData, benchmark: str) -> float:
@@ -67,7 +69,7 @@ def _baseline(run: RunData, benchmark: str) -> float:
 
 def loss_plot(runs: Sequence[RunData]) -> str:
     """Training loss by step: every logged value faintly, a running mean over 25 logged values on top."""
-    figure, axes = _figure("losses", height_in=3.2)
+    figure, axes = figure_of("losses", height_in=3.2)
     for index, run in enumerate(runs):
         steps, losses = [step for step, _ in run.losses], [loss for _, loss in run.losses]
         smooth = [
@@ -80,26 +82,28 @@ def loss_plot(runs: Sequence[RunData]) -> str:
     axes.set_ylabel("loss per answer token")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
-    axes.grid(color=_RULE, linewidth=0.6)
-    return _svg(figure, "losses")
+    axes.grid(color=RULE, linewidth=0.6)
+    return svg_of(figure, "losses")
 
 
-def _figure(name: str, *, height_in: float) -> tuple[Figure, Axes]:
+def figure_of(name: str, *, height_in: float) -> tuple[Figure, Axes]:
+    """A figure of the page's width with one plot, in INK and RULE."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
     axes = figure.add_subplot(label=name)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
+    axes.spines["bottom"].set_color(RULE)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
     axes.set_axisbelow(True)
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg_of(figure: Figure, name: str) -> str:
+    """The drawing as an <svg> element that takes the page's colours; the same drawing gives the same text."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -110,5 +114,6 @@ def _svg(figure: Figure, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("'DejaVu Sans', ", "").replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
+    svg = svg.replace("<svg ", '<svg aria-hidden="true" ', 1)  # what it shows is said beside it
+    svg = svg.replace("'DejaVu Sans', ", "").replace(INK, "currentColor").replace(RULE, "var(--rule)")
     return svg

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
-from vlmx.evaluate.compare import Difference, compare, order
+from vlmx.errors import UsageError
+from vlmx.evaluate.compare import Difference, Key, compare, key_of, order
 from vlmx.evaluate.score import Grade
 
 Subject = Literal["encoder", "connector", "run"]
@@ -66,7 +67,10 @@ def rankings(contestants: Sequence[Contestant], groups: Sequence[str]) -> list[R
                 if contestant.grades.get(group):
                     members[getattr(contestant, subject)].append(contestant.grades[group])
             if len(members) > 1:
-                steps = order({name: mean_grades(rows) for name, rows in members.items()})
+                try:
+                    steps = order({name: mean_grades(rows) for name, rows in members.items()})
+                except UsageError:  # no question that all of them answered, so there is no order
+                    continue
                 result.append(Ranking(subject=subject, group=group, steps=steps))
     return result
 
@@ -81,22 +85,29 @@ def is_balanced(contestants: Sequence[Contestant]) -> bool:
 
 def mean_grades(rows: Sequence[Sequence[Grade]]) -> list[Grade]:
     """For each question that all rows answered one grade whose value is the mean of theirs."""
-    values: dict[str, list[float]] = defaultdict(list)
+    if len(rows) == 1:
+        return list(rows[0])
+    values: dict[Key, list[float]] = defaultdict(list)
     for row in rows:
         for grade in row:
-            values[grade.question.id].append(grade.value)
+            values[key_of(grade.question)].append(grade.value)
     return [
-        replace(grade, value=sum(values[grade.question.id]) / len(rows))
+        replace(grade, value=sum(values[key_of(grade.question)]) / len(rows))
         for grade in rows[0]
-        if len(values[grade.question.id]) == len(rows)
+        if len(values[key_of(grade.question)]) == len(rows)
     ]
 
 
 def pairs(contestants: Sequence[Contestant], groups: Sequence[str]) -> list[dict[str, Difference]]:
-    """For every two runs their differences by group; a group that one of them was not asked is left out."""
+    """For every two runs their differences by group; a group in which they share no question is left out."""
+    if len(contestants) < 2:
+        return []
+    asked = {
+        (c.run, group): {key_of(g.question) for g in c.grades.get(group, ())} for c in contestants for group in groups
+    }
     result = []
     for first, second in combinations(contestants, 2):
-        shared = [group for group in groups if first.grades.get(group) and second.grades.get(group)]
+        shared = [group for group in groups if asked[first.run, group] & asked[second.run, group]]
         found = {g: compare(first.run, first.grades[g], second.run, second.grades[g]) for g in shared}
         if found:
             result.append(found)

@@ -1,0 +1,206 @@
+"""How far is a run from a published row? Benchmark by benchmark, and in the averages.
+
+Averages weigh each benchmark by its number of questions, as the paper does, however few of them were asked. Where a run
+lacks benchmarks, both sides are averaged over those that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vlmx.evaluate.aggregate import LOC_QUESTIONS, VQA_QUESTIONS, average
+from vlmx.evaluate.collapse import Collapse, collapse
+from vlmx.evaluate.compare import mean
+from vlmx.evaluate.paper_rows import PaperRow
+from vlmx.evaluate.score import Grade, Score
+
+Average = Literal["weighted_vqa", "weighted_loc", "weighted_overall", "macro"]
+AVERAGE_TEXT: Mapping[Average, str] = {
+    "weighted_vqa": "weighted VQA",
+    "weighted_loc": "weighted Loc.",
+    "weighted_overall": "weighted overall",
+    "macro": "macro",
+}
+PAPER_QUESTIONS: Mapping[str, int] = {**VQA_QUESTIONS, **LOC_QUESTIONS}
+_COLUMNS: Mapping[Average, Sequence[str]] = {
+    "weighted_vqa": tuple(VQA_QUESTIONS),
+    "weighted_loc": tuple(LOC_QUESTIONS),
+    "weighted_overall": tuple(PAPER_QUESTIONS),
+    "macro": tuple(PAPER_QUESTIONS),
+}
+_LAST_DIGIT = 0.005  # what the rounding of a published number may have taken away
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperLine:
+    """One number of a run beside the published one, in percent.
+
+    Attributes:
+        name: a benchmark, or an `Average`.
+        ours: two decimals, rounded as the paper does it.
+        ours_exact: not rounded.
+        interval95: of ours, by bootstrap over images.
+        published: what the paper prints; of an average that is not over all its benchmarks, and of macro, what follows
+            from the printed scores.
+        n, expected: questions answered, and questions that there are.
+        marks: how it was made: a part of the questions, a part of the benchmarks, wording, frame of boxes.
+    """
+
+    name: str
+    ours: float
+    ours_exact: float
+    interval95: tuple[float, float]
+    published: float
+    n: int
+    expected: int
+    marks: tuple[str, ...]
+
+    @property
+    def difference(self) -> float:
+        """Ours minus published, in points."""
+        return round(self.ours - self.published, 2)
+
+    @property
+    def difference95(self) -> tuple[float, float]:
+        """Its interval; the published number is taken as it stands, although it is a sample, too."""
+        low, high = self.interval95
+        return low - self.published, high - self.published
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the published number lies in our interval, as far as its rounding tells.
+
+        None if all answers are worth the same: resampling them then says nothing about chance.
+        """
+        low, high = self.interval95
+        return None if low == high else low - _LAST_DIGIT <= self.published <= high + _LAST_DIGIT
+
+
+@dataclass(frozen=True, kw_only=True)
+class BesidePaper:
+    """A run beside its row.
+
+    Attributes:
+        lines: benchmarks in the paper's order.
+        averages: those of which the run has any benchmark.
+        left_out: benchmarks of the run that the paper does not have.
+        remark: in what the boxes were asked for or compared in another way than the paper's; "" if they were not.
+        collapse: the alarm, against the row.
+    """
+
+    lines: tuple[PaperLine, ...]
+    averages: tuple[PaperLine, ...]
+    left_out: tuple[str, ...]
+    remark: str
+    collapse: Collapse | None
+
+
+def beside_paper(scores: Mapping[str, Score], grades: Mapping[str, Sequence[Grade]], row: PaperRow) -> BesidePaper:
+    """A run's numbers and those of a published row.
+
+    Args:
+        scores, grades: of the run by benchmark, without the control; other benchmarks than the paper's are left out.
+        row: what they are compared with.
+    """
+    published = row.published.scores
+    known = [name for name in PAPER_QUESTIONS if name in scores]
+    lines = [
+        PaperLine(
+            name=name,
+            ours=average({name: scores[name].score}, {name: 1})[0],
+            ours_exact=scores[name].score,
+            interval95=scores[name].interval95,
+            published=published[name],
+            n=scores[name].n,
+            expected=PAPER_QUESTIONS[name],
+            marks=marks_of(scores[name]),
+        )
+        for name in known
+    ]
+    averages = {
+        name: _paper_average(name, [c for c in columns if c in scores], scores, grades, published)
+        for name, columns in _COLUMNS.items()
+        if any(column in scores for column in columns)
+    }
+    return BesidePaper(
+        lines=tuple(lines),
+        averages=tuple(averages.values()),
+        left_out=tuple(name for name in scores if name not in PAPER_QUESTIONS),
+        remark=_remark([scores[name] for name in known]),
+        collapse=_beside_row(averages.get("weighted_vqa"), averages.get("weighted_loc")),
+    )
+
+
+def _paper_average(
+    name: Average,
+    columns: Sequence[str],
+    scores: Mapping[str, Score],
+    grades: Mapping[str, Sequence[Grade]],
+    published: Mapping[str, float],
+) -> PaperLine:
+    counts = {column: 1 if name == "macro" else PAPER_QUESTIONS[column] for column in columns}
+    ours, exact = average({column: scores[column].score for column in columns}, counts)
+    of_all = len(_COLUMNS[name])
+    found = mean([g for column in columns for g in grades[column]], counts=counts)
+    return PaperLine(
+        name=name,
+        ours=ours,
+        ours_exact=exact,
+        interval95=found.interval95,
+        published=average(published, counts)[0],
+        n=sum(scores[column].n for column in columns),
+        expected=sum(PAPER_QUESTIONS[column] for column in columns),
+        marks=(
+            *([f"over {len(columns)} of {of_all} benchmarks"] if len(columns) < of_all else []),
+            *marks_of_average([scores[column] for column in columns]),
+        ),
+    )
+
+
+def _remark(scores: Sequence[Score]) -> str:
+    boxes = [score for score in scores if score.kind == "box"]
+    problems = []
+    if any(score.wording != "paper" for score in boxes):
+        problems.append("its box prompts are worded as in training (vlmx eval --profile paper words them as the paper)")
+    if any(score.boxes != "paper" for score in boxes):
+        problems.append("its boxes are compared in the source image, the paper's raw (--boxes paper)")
+    return "; ".join(problems)
+
+
+def _beside_row(text: PaperLine | None, box: PaperLine | None) -> Collapse | None:
+    if text is None or box is None:
+        return None
+    return collapse(
+        text=text.ours,
+        box=box.ours,
+        text_reference=text.published,
+        box_reference=box.published,
+        box_highest=box.interval95[1],
+    )
+
+
+def marks_of(score: Score) -> tuple[str, ...]:
+    """What a reader has to know about a score before holding it against another one: how much was asked, and how.
+
+    A benchmark of the paper is partial when it has fewer questions than the paper's, whatever its files have.
+    """
+    expected = PAPER_QUESTIONS.get(score.benchmark, score.expected)
+    why = f" ({score.subset})" if score.subset else ""
+    partial = [f"partial: {score.n:,} of {expected:,}{why}"] if score.n < expected else []
+    return (*partial, *_profile(score))
+
+
+def marks_of_average(scores: Sequence[Score]) -> tuple[str, ...]:
+    """The marks of a mean over several benchmarks."""
+    partial = sum(score.n < PAPER_QUESTIONS.get(score.benchmark, score.expected) for score in scores)
+    return (
+        *([f"partial: {partial} of {len(scores)} benchmarks"] if partial else []),
+        *dict.fromkeys(mark for score in scores for mark in _profile(score)),
+    )
+
+
+def _profile(score: Score) -> tuple[str, ...]:
+    """The names that the options of `vlmx eval` and `vlmx score` have for it."""
+    return (f"prompts {score.wording}", *([f"boxes {score.boxes}"] if score.boxes else []))

@@ -1,0 +1,218 @@
+"""Which image and which box does a user of `vlmx maps` mean? From a key and numbers, or from a run's question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmx.cache_specs.geometry import Box
+from vlmx.errors import DataError, UsageError
+from vlmx.runs import RunFolder
+
+if TYPE_CHECKING:
+    from vlmx.evaluate.score import Grade
+
+_ID = re.compile(r"[0-9a-f]{64}")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """What is looked at, in which photo.
+
+    Attributes:
+        image: image id.
+        box: x1 y1 x2 y2 in pixels of the photo.
+        source_wh: width and height of the photo; None if nobody has said it yet.
+        title: for the figure.
+        photo: bytes of the photo; None if it is not at hand.
+        answers: by run name its cache and its answer; empty without a run.
+    """
+
+    image: str
+    box: Box
+    source_wh: tuple[int, int] | None
+    title: str
+    photo: bytes | None = None
+    answers: tuple[tuple[str, str, Grade], ...] = ()
+
+
+def region_of_key(image: str, dataset: str | None, box_text: str, *, caches: str, data_root: Path) -> Region:
+    """The box "x,y,w,h" of the image of that id or key.
+
+    Raises:
+        UsageError: it is not a box.
+        DataError: no data set has the image, or several mean different images by its key.
+    """
+    box = parse_xywh(box_text)
+    image_id, source_wh, found_in = find_image(image, dataset, caches)
+    title = f"image {image[:12]}" if _ID.fullmatch(image) else image
+    return Region(
+        image=image_id, box=box, source_wh=source_wh, title=title, photo=own_photo(image, found_in, data_root)
+    )
+
+
+def parse_xywh(text: str) -> Box:
+    """ "x,y,w,h" as x1 y1 x2 y2.
+
+    Raises:
+        UsageError: it is not four numbers.
+    """
+    try:
+        x, y, width, height = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--box {text} is not a box", fix="give four numbers, x,y,w,h, in pixels of the photo, without spaces"
+        ) from None
+    return (x, y, x + width, y + height)
+
+
+def find_image(image: str, dataset: str | None, caches: str) -> tuple[str, tuple[int, int] | None, str]:
+    """Id, size and data set of an image, from the tables below the caches.
+
+    Args:
+        image: an image id, or a key.
+        dataset: the data set of the key; None to look in all.
+        caches: folder or url of all caches.
+
+    Returns:
+        The id, width and height if a table knows them, and the name of that data set, "" if there is none.
+
+    Raises:
+        DataError: no data set has it, or several mean different images by it.
+    """
+    from vlmx.cache_specs.ids import ImageTable, table_names
+    from vlmx.cache_specs.places import place_of
+
+    names = [dataset] if dataset else table_names(place_of(caches))
+    is_id = bool(_ID.fullmatch(image))
+    found: dict[str, tuple[tuple[int, int], str]] = {}
+    for name in names:
+        known = ImageTable.open(caches, name)
+        if is_id:
+            usable = set(known.keys()) - set(known.failed())
+            keys = [key for key in sorted(usable) if known.id_of(key) == image][:1]
+        else:
+            keys = [image] if image in known or dataset else []
+        for key in keys:
+            found.setdefault(known.id_of(key), (known.source_wh(key), name))
+    if len(found) > 1:
+        where = ", ".join(name for _, name in found.values())
+        raise DataError(f"'{image}' is another image in each of {where}", fix="say which one with --data")
+    if found:
+        ((image_id, (source_wh, name)),) = found.items()
+        return image_id, source_wh, name
+    if is_id:
+        return image, None, ""
+    raise DataError(
+        f"no data set below {caches} has an image '{image}'",
+        why=f"looked in {', '.join(names)}" if names else "there are no data sets",
+        fix="give its key as the data set has it, or its id of 64 hex digits",
+    )
+
+
+def own_photo(key: str, dataset: str, data_root: Path) -> bytes | None:
+    """The photo where it is at hand without being named: drawn by the mini study, or below the data root."""
+    from vlmx.data.benchmarks import MINI
+    from vlmx.data.mini.study import image_bytes_of
+
+    if dataset == MINI and not _ID.fullmatch(key):
+        return image_bytes_of(key)
+    path = data_root / key
+    return path.read_bytes() if path.is_file() else None
+
+
+def region_of_question(runs: Sequence[RunFolder], wanted: str, caches: str, data_root: Path) -> Region:
+    """The box that a question asks for, with what each run answered.
+
+    Args:
+        runs: evaluated runs.
+        wanted: a question's id, or a part of its text.
+        caches: folder or url of all caches.
+        data_root: where photos of published benchmarks lie.
+
+    Raises:
+        UsageError: no box question of a run is like that, or several are.
+    """
+    from vlmx.cache_specs.ids import ImageTable
+    from vlmx.data.benchmarks import BENCHMARKS
+    from vlmx.data.mini.questions import BOX_REQUEST
+
+    answers = [(run.name, *_answer(run, wanted)) for run in runs]
+    asked = answers[0][2].question
+    others = {grade.question.id for _, _, grade in answers if grade.question.id != asked.id}
+    if others:
+        raise UsageError(f"'{wanted}' is another question in each run", why=f"{asked.id}, {', '.join(others)}")
+    box, source_wh = asked.region
+    dataset = BENCHMARKS.get(asked.benchmark).table
+    return Region(
+        image=ImageTable.open(caches, dataset).id_of(asked.image),
+        box=box,
+        source_wh=source_wh,
+        title=asked.prompt.removeprefix(BOX_REQUEST).strip(),
+        photo=own_photo(asked.image, dataset, data_root),
+        answers=tuple(answers),
+    )
+
+
+def _answer(run: RunFolder, wanted: str) -> tuple[str, Grade]:
+    """A run's cache and its answer to the one box question that is meant."""
+    from vlmx.evaluate.answers import answered_benchmarks
+    from vlmx.evaluate.score import grades_of_run
+
+    found: list[tuple[str, Grade]] = []
+    boxes = 0
+    for benchmark in answered_benchmarks(run, "none"):
+        header, grades = grades_of_run(run, benchmark, "none")
+        asked = [grade for grade in grades if grade.question.kind == "box"]
+        boxes += len(asked)
+        exact = [grade for grade in asked if grade.question.id == wanted]
+        if exact:
+            return header.cache, exact[0]
+        found += [(header.cache, g) for g in asked if wanted.casefold() in g.question.prompt.casefold()]
+    if not found:
+        raise UsageError(
+            f"run '{run.name}' has answered no box question like '{wanted}'",
+            why=f"it has answers to {boxes:,} box questions",
+            fix="give a question's id as in answers.jsonl, or a part of its text",
+        )
+    if len(found) > 1:
+        few = "; ".join(f"{g.question.id}: {g.question.prompt.partition(': ')[2]}" for _, g in found[:_SHOWN])
+        raise UsageError(
+            f"'{wanted}' is in {len(found)} questions", why=few, fix="give the id of one of them, or more of its text"
+        )
+    return found[0]
+
+
+def source_wh_of(region: Region, photo_wh: tuple[int, int] | None, size: str | None) -> tuple[int, int]:
+    """Width and height of the photo, from whoever knows them.
+
+    Raises:
+        UsageError: nobody knows, two do not agree, or `size` is not WxH.
+    """
+    said: dict[str, tuple[int, int]] = {}
+    if region.source_wh is not None:
+        said["the data set"] = region.source_wh
+    if photo_wh is not None:
+        said["the photo"] = photo_wh
+    if size is not None:
+        match = re.fullmatch(r"(\d+)x(\d+)", size)
+        if match is None or not all(map(int, match.groups())):
+            raise UsageError(f"--size {size} is not a size", fix="give width x height in pixels, e.g. 640x480")
+        said["--size"] = (int(match[1]), int(match[2]))
+    if not said:
+        raise UsageError(
+            "the size of the photo is not known, so its box has no place",
+            why="no data set below the caches has this image",
+            fix="give --size WxH, or --photo FILE",
+        )
+    if len(set(said.values())) > 1:
+        raise UsageError(
+            "the sizes of the photo do not agree",
+            why=", ".join(f"{who}: {width} x {height}" for who, (width, height) in said.items()),
+            fix="check that --photo and --size are of this image",
+        )
+    return next(iter(said.values()))

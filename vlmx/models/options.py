@@ -1,0 +1,41 @@
+"""Which token says an option? Where a benchmark asks for the probabilities of a few answers instead of a text.
+
+The paper's evaluation takes the id of each option encoded alone, which in Vicuna's tokenizer is the one with a space
+("▁Yes"): there each segment of a conversation is encoded alone, so answers begin with that token in training, too. In
+other tokenizers and formats the two rules part; what counts is what a model was taught to say after the prompt, so the
+token is taken from an encoded example whose answer is the option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlmx.errors import UsageError
+from vlmx.models.prompts import IGNORED, Prompt
+
+
+def option_ids(prompt: Prompt, options: Sequence[str]) -> list[int]:
+    """The id of each option as the first token of an answer.
+
+    Raises:
+        UsageError: an option is not exactly one token, or two of them are the same one.
+    """
+    found: list[int] = []
+    for option in options:
+        learned = [label for label in prompt.encode([("?", option)]).labels if label != IGNORED]
+        if learned and learned[-1] == prompt.tokenizer.eos_token_id:
+            learned.pop()
+        if len(learned) != 1:
+            raise _refused(f"as an answer '{option}' is {len(learned)} tokens of this LLM's tokenizer, not one")
+        found += learned
+    if len(set(found)) < len(found):
+        raise _refused(f"two of {', '.join(options)} are the same token of this LLM's tokenizer")
+    return found
+
+
+def _refused(why: str) -> UsageError:
+    return UsageError(
+        "the probabilities of a question's options cannot be read from the first token",
+        why=why,
+        fix="leave these benchmarks (POPE, TallyQA) out for this LLM, or train with another --prompt",
+    )
