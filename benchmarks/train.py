@@ -1,6 +1,6 @@
 """What does a training step cost beside the usual way, and beside encoding on the fly?
 
-    python benchmarks/train.py [--only step|memory|feed|stream] [--log FILE]
+    python benchmarks/train.py [--only step|packed|memory|feed|stream] [--log FILE]
 
 A small Llama (256 wide, 6 layers, 32,000 words, random weights) and the two-layer connector learn in float32 on one
 thread. "mixed": 32 conversations of log-normal length (mean 266 tokens, sigma 0.85, at most 1,024, half of them
@@ -8,8 +8,9 @@ answers) after 196 visual tokens. "long": 16 conversations of 128 tokens, 30 of 
 
 The reference is written out below: micro-batches of 16 in the reference's order, padded, with an attention mask,
 logits at all positions, Hugging Face's loss. Both ways run in turn in one process; figures are examples a processor
-second. Peak memory is that of a process of its own. "feed" is a step whose tokens come from a cache beside one whose
-tokens are in memory already. "stream" is a step on a cache beside one that encodes with VMamba-T at 512 x 512.
+second. "packed" is our step with rows packed beside the same one with rows padded. Peak memory is that of a process of
+its own. "feed" is a step whose tokens come from a cache beside one whose tokens are in memory already. "stream" is a
+step on a cache beside one that encodes with VMamba-T at 512 x 512.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def trainee_of(plan: TrainPlan) -> tuple[Trainee, torch.optim.Optimizer, Collato
     trainee = assemble(plan, ALONE)
     trainee.vlm.train()
     optimizer = build_optimizer(trainee.vlm, plan.config.optim, trainee.decaying)
-    return trainee, optimizer, build_collator(plan, trainee.prompt, trainee.vlm.llm.config)
+    collator = build_collator(plan, trainee.prompt, trainee.vlm.llm.config, packed=trainee.packing.on)
+    return trainee, optimizer, collator
 
 
 def our_step(plan: TrainPlan) -> Callable[[], None]:
@@ -229,6 +231,28 @@ def measure_steps(root: Path, rounds: int) -> dict[str, Any]:
             f" {reference_s / ours_s:.2f} x (goal {GOALS[name]}; rounds "
             + ", ".join(f"{ratio:.2f}" for ratio in results[name]["ratios"])
             + ")",
+            flush=True,
+        )
+    return results
+
+
+def measure_packed(root: Path, rounds: int) -> dict[str, Any]:
+    """Processor seconds of steps with padded and with packed rows, in turn; on a CPU attention is done row by row."""
+    case = cases()["mixed"]
+    results: dict[str, Any] = {}
+    for name, changes in {
+        "by number": {"micro_batch": MICRO_BATCH},
+        "by tokens": {"micro_tokens": MICRO_TOKENS},
+    }.items():
+        plans = [plan_of(root, "mixed", case, packed=packed, **changes) for packed in (False, True)]
+        expected = [preview(plan, 1).padded for plan in plans]
+        steps = [our_step(plan) for plan in plans]
+        taken = [tuple(processor_s(step) for step in steps) for _ in range(rounds + 1)][1:]  # the first one allocates
+        padded_s, packed_s = (min(column) for column in zip(*taken, strict=True))
+        results[name] = {"positions": expected, "padded_s": padded_s, "packed_s": packed_s}
+        print(
+            f"packed, micro-batches {name}: {expected[0]:.0f} positions padded, {expected[1]:.0f} packed,"
+            f" {expected[0] / expected[1]:.2f} x; processor time {padded_s / packed_s:.2f} x",
             flush=True,
         )
     return results
@@ -347,7 +371,7 @@ def measure_stream(root: Path, photos: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=["step", "memory", "feed", "stream"])
+    parser.add_argument("--only", choices=["step", "packed", "memory", "feed", "stream"])
     parser.add_argument("--rounds", type=int, default=2, help="of the two ways to take a step")
     parser.add_argument("--log", type=Path, help="write the figures as JSON")
     parser.add_argument("--peak", nargs=3, metavar=("FOLDER", "CASE", "WAY"), help=argparse.SUPPRESS)
@@ -363,6 +387,7 @@ def main() -> None:
             write_case(root, key, case)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "step": lambda: measure_steps(root, options.rounds),
+            "packed": lambda: measure_packed(root, options.rounds),
             "memory": lambda: measure_memory(root),
             "feed": lambda: measure_feed(root, 17),
             "stream": lambda: measure_stream(root, 8),

@@ -4,8 +4,8 @@
 
 Simulates steps of 128 examples on 4 processes: texts of log-normal length (mean 266 tokens, sigma 0.85, at most 2048)
 after 196 or 1024 visual tokens. A step has micro-batches that all processes begin together, and each lasts as long as
-the dearest of them: rows x longest row. Figures are these costs added up / the real tokens of a process, so 1.00 is a
-step without padding in which nobody waits.
+the dearest of them: rows x longest row, or their own tokens where rows are packed. Figures are these costs added up /
+the real tokens of a process, so 1.00 is a step without padding in which nobody waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ WORLD = 4
 GLOBAL_BATCH = 128
 MICRO_BATCH = 16
 MEAN_TEXT, SIGMA, MAX_TEXT = 266, 0.85, 2048
-WAYS = ("16 at random", "16 of like length (default order)", "16 as in the paper", "token budget")
+WAYS = (
+    "16 at random",
+    "16 of like length (default order)",
+    "16 as in the paper",
+    "token budget",
+    "token budget, packed rows",
+)
 
 Divide = Callable[[Indices], Sequence[Sequence[Sequence[int]]]]  # a batch -> [process][micro-batch] -> examples
 
@@ -44,8 +50,8 @@ def simulate(visual_tokens: int, *, steps: int = 200, seed: int = 0) -> dict[str
     default = batches_of(sizes, seed=7, epoch=0, global_batch=GLOBAL_BATCH)
     paper = batches_of(sizes, seed=7, epoch=0, global_batch=GLOBAL_BATCH, order="paper", world=WORLD)
 
-    def by_budget(batch: Indices) -> list[list[list[int]]]:
-        plan = plan_micro_batches([lengths[example] for example in batch], WORLD, budget)
+    def by_budget(batch: Indices, *, packed: bool) -> list[list[list[int]]]:
+        plan = plan_micro_batches([lengths[example] for example in batch], WORLD, budget, packed=packed)
         return [[batch[part].tolist() for part in own] for own in plan]
 
     shuffled = rng.permutation(len(words)).reshape(-1, GLOBAL_BATCH)
@@ -53,7 +59,8 @@ def simulate(visual_tokens: int, *, steps: int = 200, seed: int = 0) -> dict[str
         WAYS[0]: _ratio(shuffled, partial(_fixed, order="default"), lengths),
         WAYS[1]: _ratio(default, partial(_fixed, order="default"), lengths),
         WAYS[2]: _ratio(paper, partial(_fixed, order="paper"), lengths),
-        WAYS[3]: _ratio(default, by_budget, lengths),
+        WAYS[3]: _ratio(default, partial(by_budget, packed=False), lengths),
+        WAYS[4]: _ratio(default, partial(by_budget, packed=True), lengths, packed=True),
     }
 
 
@@ -63,11 +70,14 @@ def _fixed(batch: Indices, order: BatchOrder) -> list[list[list[int]]]:
     return [[part.tolist() for part in share] for share in shares]
 
 
-def _ratio(batches: Indices, divide: Divide, lengths: Sequence[int]) -> float:
+def _ratio(batches: Indices, divide: Divide, lengths: Sequence[int], *, packed: bool = False) -> float:
+    def cost_of(part: Sequence[int]) -> int:
+        return sum(lengths[example] for example in part) if packed else padded_tokens(lengths, part)
+
     ratios = []
     for batch in batches:
         together = zip(*divide(batch), strict=True)
-        cost = sum(max(padded_tokens(lengths, part) for part in parts) for parts in together)
+        cost = sum(max(cost_of(part) for part in parts) for parts in together)
         ratios.append(cost / (sum(lengths[example] for example in batch) / WORLD))
     return float(np.mean(ratios))
 

@@ -36,6 +36,7 @@ RUNS = {  # what is trained to the end, in both worlds
     "recomputed": ["activation_checkpointing=true"],
     "isolated": ["turns=isolated", "loss_mean=answers"],
     "budget": ["micro_tokens=64"],
+    "packed": ["packed=true", "micro_tokens=64", "activation_checkpointing=true"],
     "lora": ["lora.r=2", "lora.alpha=8", "optim.connector_lr=1e-3"],
     "frozen": ["freeze_llm=true"],
     "paper": ["order=paper", "loss_mean=microbatch", "micro_batch=2"],

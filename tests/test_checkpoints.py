@@ -1,15 +1,16 @@
 """Is there always a whole checkpoint with what the training was: saved beside it, pruned, damaged, on a full disk?"""
 
 import json
-import resource
 import shutil
-import signal
+from pathlib import Path
 
 import pytest
 import torch
+from full_disk import FullDisk
 from tiny_llm import tiny_llm
 from train_world import arguments, make_world
 
+from vlmx.console import progress
 from vlmx.errors import ConfigError, OutOfSpaceError
 from vlmx.models.connectors import build_connector
 from vlmx.models.vlm import VLM
@@ -17,6 +18,7 @@ from vlmx.runs import RunFolder
 from vlmx.train.checkpoints import CheckpointCorruptError, read_record, read_weights, saved_steps
 from vlmx.train.command import train as train_command
 from vlmx.train.keeper import Keeper, best_steps
+from vlmx.train.meter import Meter
 from vlmx.train.parallel import World
 from vlmx.train.settings import CheckpointConfig
 
@@ -82,6 +84,16 @@ def test_a_checkpoint_is_the_state_when_it_was_saved(saved):
     assert_equal(read_weights(folder, 2), {name: states[2][name] for name in vlm.state_dict()})
 
 
+def test_moments_are_the_checkpoints_and_settings_the_configurations(saved):
+    folder, states = saved
+    vlm, _ = new_model(seed=1)
+    settings = {"lr": 0.3, "betas": (0.5, 0.6), "eps": 1e-4, "weight_decay": 0.7}
+    optimizer = torch.optim.AdamW([{"params": list(vlm.parameters()), **settings}])
+    keeper(folder).restore(vlm, optimizer)
+    assert {key: optimizer.param_groups[0][key] for key in settings} == settings
+    assert_equal(state_of(vlm, optimizer), states[3])
+
+
 def test_frozen_weights_are_not_saved(tmp_path):
     vlm, optimizer = new_model(frozen=True)
     change(vlm, optimizer)
@@ -119,7 +131,7 @@ def cut(path):
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "checkpoint.json"])
-@pytest.mark.parametrize("damage", [flip, cut])
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, capsys, name, damage):
     folder, states = saved
     damage(folder / "step-3" / name)
@@ -130,7 +142,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, cap
     assert "the checkpoint of step 3 is damaged" in said
     assert name in said
     assert saved_steps(folder) == [1, 2]
-    assert (folder / "step-3.damaged" / name).exists()
+    assert (folder / "step-3.damaged").is_dir()
 
 
 def test_no_whole_checkpoint_is_an_error(saved):
@@ -143,22 +155,6 @@ def test_no_whole_checkpoint_is_an_error(saved):
     assert "step-1: __0_0.distcp: No such file" in caught.value.why
     assert saved_steps(folder) == [1, 2, 3]
     assert keeper(folder / "nothing").restore(*new_model()) is None
-
-
-class FullDisk:
-    """No file of this process can grow beyond `size` bytes while the block runs."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __enter__(self):
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-        signal.signal(signal.SIGXFSZ, self.handler)
 
 
 @pytest.mark.parametrize("size", [100, 30_000, 150_000])
@@ -231,6 +227,42 @@ def test_a_training_goes_on_when_its_checkpoints_find_no_room(world, plain, tmp_
     )
 
 
+class Lines:
+    """A tracker that writes to a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def log(self, step, numbers):
+        with open(self.path, "a") as file:
+            file.write(f"{step} {dict(numbers)}\n")
+
+    def close(self):
+        self.log(-1, {})
+
+
+def test_metrics_that_find_no_room_do_not_end_a_training(tmp_path, capsys):
+    run = RunFolder.create(tmp_path / "run", kind="train", config={})
+    run.log(step=1, loss=3.0)
+    size = (run.path / "metrics.jsonl").stat().st_size
+    (tmp_path / "lines").write_text("x" * size)
+    with progress("train", 3, "steps") as bar:
+        meter = Meter(run, bar, [Lines(tmp_path / "lines")], log_every=1, steps_per_epoch=3, total_steps=3)
+        with FullDisk(size):
+            meter.log(2, loss=2.0)
+            meter.log(3, loss=2.0)
+        meter.log(4, loss=1.0)
+        with FullDisk(size):
+            meter.close()
+    assert list(losses(run)) == [1, 4]
+    assert meter.lines_lost == 2
+    assert (tmp_path / "lines").read_text() == "x" * size
+    said = capsys.readouterr().err
+    assert said.count("no space left while writing") == 1
+    assert "the metrics of step 2: the training goes on without" in said
+    assert said.count("Lines takes no more metrics") == 1
+
+
 def test_resuming_falls_back_to_a_whole_checkpoint(world, plain, tmp_path, capsys):
     out = unfinished(plain, tmp_path / "run")
     flip(out / "checkpoints" / "step-4" / "__0_0.distcp")
@@ -271,8 +303,8 @@ def test_what_has_no_influence_may_change(world, plain, tmp_path):
 
 
 def test_what_was_counted_before_is_counted(world, tmp_path):
-    cut = "max_text_tokens=12"
-    train_command(arguments(world, tmp_path / "whole", cut), standalone_mode=False)
+    cut = ["max_text_tokens=12", "watch.max_cut=1", "watch.max_unlearned=1"]
+    train_command(arguments(world, tmp_path / "whole", *cut), standalone_mode=False)
     whole = RunFolder(tmp_path / "whole")
     assert whole.status["conversations_truncated"] == 40
     out = unfinished(whole, tmp_path / "run")
@@ -294,3 +326,17 @@ def test_resuming_where_only_a_part_learns(world, tmp_path, part):
         assert (out / "model" / name).read_bytes() == (whole.path / "model" / name).read_bytes()
     size = (out / "checkpoints" / "step-4" / "__0_0.distcp").stat().st_size
     assert size < 2 * (whole.path / "model" / "llm" / "model.safetensors").stat().st_size  # no moments of the LLM
+
+
+def test_dropout_goes_on_as_if_never_stopped(world, tmp_path):
+    lora = ["lora.r=2", "lora.dropout=0.5"]
+    train_command(arguments(world, tmp_path / "whole", *lora), standalone_mode=False)
+    whole = RunFolder(tmp_path / "whole")
+    train_command(arguments(world, tmp_path / "without", "lora.r=2"), standalone_mode=False)
+    assert losses(RunFolder(tmp_path / "without")) != losses(whole)
+    assert sum(line.startswith("dropout is on (lora.dropout=0.5)") for line in whole.status["notes"]) == 1
+    out = unfinished(whole, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints" / "step-4")
+    train_command(["--out", str(out), "--resume"], standalone_mode=False)
+    assert RunFolder(out).status["resumed_after_step"] == 2
+    assert losses(RunFolder(out)) == losses(whole)

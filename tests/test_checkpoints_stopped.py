@@ -82,7 +82,12 @@ def test_torchrun_is_stopped_and_one_process_goes_on(world, whole, tmp_path):
     assert RunFolder(out).status["state"] == "interrupted"
     assert len(list((out / "checkpoints" / f"step-{step}").glob("*.distcp"))) == 2
     train_command(["--out", str(out), "--resume"], standalone_mode=False)
-    assert RunFolder(out).status["resumed_after_step"] == step
+    status = RunFolder(out).status
+    assert status["resumed_after_step"] == step
+    assert [(one["state"], one["world_size"], one["steps"]) for one in status["sessions"]] == [
+        ("interrupted", 2, [0, step]),
+        ("done", 1, [step, 100]),
+    ]
     assert losses(RunFolder(out)) == pytest.approx(losses(whole), abs=1e-5)
 
 

@@ -45,14 +45,31 @@ def run(world):
     return RunFolder(world / "run")
 
 
-def saved_run(folder, spec, *, connector="mlp2", prompt="plain", dim=256, grid=(4, 4), tied=False, full=False):
+def saved_run(
+    folder,
+    spec,
+    *,
+    connector="mlp2",
+    prompt="plain",
+    dim=256,
+    grid=(4, 4),
+    tied=False,
+    full=False,
+    rope="fp32",
+    template=None,
+):
     """A run folder with an untrained model."""
     torch.manual_seed(1)
     tokenizer, llm = tiny_tokenizer(chat=prompt == "chat"), tiny_llm(tied=tied)
+    with torch.no_grad():
+        for layer in llm.model.layers:
+            layer.self_attn.q_proj.weight *= 50  # or attention would be even, and no position matter
+    tokenizer.chat_template = template or tokenizer.chat_template
     if full:  # the tokenizer knows as many tokens as the LLM has rows
         llm.resize_token_embeddings(len(tokenizer))
     vlm = VLM(build_connector(connector, dim, 32), llm, eos_ids=[tokenizer.eos_token_id])
-    card = ModelCard(connector=connector, dim_vision=dim, dim_llm=32, prompt=prompt, llm="none", spec=spec, grid=grid)
+    fields = {"connector": connector, "dim_vision": dim, "dim_llm": 32, "prompt": prompt, "llm": "none"}
+    card = ModelCard(**fields, spec=spec, grid=grid, rope=rope)
     run = RunFolder.create(folder, kind="train", config={})
     save_model(folder / "model", vlm, tokenizer, card)
     return run
@@ -191,10 +208,26 @@ def test_the_code_of_a_llava_runs_without_vlmx(tmp_path, prompt):
     assert json.loads(printed.splitlines()[-1]) == [[ids[0], *[image] * 16, *ids[1:]]]
 
 
-@pytest.mark.parametrize("prompt", ["plain", "vicuna-v1.5", "chat"])
-def test_the_code_of_the_parts_runs_without_vlmx(tmp_path, prompt):
+ENDS_ITS_TURNS = (  # no BOS, an end that is not EOS, a block before each answer, and the day
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ strftime_now('%d') }} {{ m['content'] }}{% else %}"
+    "A:[]{{ m['content'] }}<s>{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rope", "template"),
+    [
+        ("plain", "fp32", None),
+        ("vicuna-v1.5", "bf16", None),
+        ("chat", "fp32", None),
+        ("chat", "fp32", ENDS_ITS_TURNS),
+    ],
+)
+def test_the_code_of_the_parts_runs_without_vlmx(tmp_path, prompt, rope, template):
     spec = clip_spec(backbone="vmamba-s-coco", feature="stage3", out_norm="trained")
-    run = saved_run(tmp_path / "run", spec, connector="mlp3", prompt=prompt, dim=6, grid=(2, 2))
+    run = saved_run(
+        tmp_path / "run", spec, connector="mlp3", prompt=prompt, dim=6, grid=(2, 2), rope=rope, template=template
+    )
     assert export_run(run, tmp_path / "out") == "parts"
     visual_ND = torch.randn(4, 6)
     np.save(tmp_path / "out" / "visual.npy", visual_ND.numpy())
@@ -210,7 +243,24 @@ print(json.dumps({{"logits": logits, "answer": answer(visual_ND, "{QUESTION}", m
     saved = load_model(tmp_path / "out")
     ids = saved.prompt.encode_question(QUESTION)
     assert found["answer"] == saved.prompt.decode(saved.vlm.generate(visual_ND[None], [ids], 8)[0])
+    if template:
+        assert saved.prompt.tokenizer.decode(ids) == f"26 {QUESTION}A:[]"
+        assert llm_of(tmp_path / "out")["eos_token_id"] == [0, 1]
     assert "because its connector is mlp3, not mlp2" in (tmp_path / "out" / "README.md").read_text()
+
+
+def llm_of(folder):
+    return json.loads((folder / "llm" / "generation_config.json").read_text())
+
+
+def test_rounded_positions_are_no_llava_and_change_logits(tmp_path):
+    run = saved_run(tmp_path / "run", clip_spec(), rope="bf16")
+    with pytest.raises(UsageError, match="this model is no LLaVA") as caught:
+        export_run(run, tmp_path / "out", layout="llava")
+    assert caught.value.why == "its LLM learned with rounded rotary positions (rope=bf16), which LLaVA does not compute"
+    plain = saved_run(tmp_path / "plain", clip_spec())
+    visual_ND = torch.randn(16, 256)
+    assert (our_logits(run, visual_ND) - our_logits(plain, visual_ND)).abs().max() > 1e-4
 
 
 def test_the_command(run, tmp_path, monkeypatch):

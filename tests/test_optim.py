@@ -8,7 +8,14 @@ from tiny_llm import tiny_llm
 
 from vlmx.models.connectors import build_connector
 from vlmx.models.vlm import VLM
-from vlmx.train.optim import build_optimizer, clip_gradients, decaying_names, lr_factor, set_learning_rates
+from vlmx.train.optim import (
+    build_optimizer,
+    clip_gradients,
+    decaying_names,
+    learning_rate,
+    lr_factor,
+    set_learning_rates,
+)
 from vlmx.train.settings import OptimConfig
 
 T, W = 5198, 155  # 665,298 examples in batches of 128
@@ -63,6 +70,15 @@ def test_groups():
     }
     set_learning_rates(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {5e-4, 2.5e-3}
+    assert learning_rate(optimizer) == 5e-4
+
+
+def test_where_only_the_connector_learns_its_rate_is_the_rate():
+    vlm = VLM(build_connector("mlp2", 6, 32), tiny_llm())
+    vlm.llm.requires_grad_(False)
+    optimizer = build_optimizer(vlm, OptimConfig(lr=1e-3, connector_lr=5e-3), decaying_names(vlm))
+    set_learning_rates(optimizer, 0.5)
+    assert learning_rate(optimizer) == 2.5e-3
 
 
 def test_connector_rate_defaults_to_the_llms():

@@ -4,6 +4,7 @@ import pytest
 from tiny_llm import tiny_tokenizer
 
 from vlmx.errors import UnknownNameError, UsageError
+from vlmx.models.options import option_ids
 from vlmx.models.prompts import IGNORED, VICUNA_SYSTEM, choose_prompt
 
 TURNS = [("<image>\nwhat is it?", "a cat"), ("\nwhere?", "[0.12, 0.34, 0.5, 0.78]")]
@@ -108,14 +109,149 @@ def test_errors(tokenizer):
         choose_prompt("chat", tokenizer)
 
 
-def test_nothing_learned_is_counted(tokenizer):
-    assert choose_prompt("plain", tokenizer).encode([]).supervised_count == 0
-    assert choose_prompt("plain", tokenizer).encode([("q", "a")]).supervised_count == 3
-
-
 def test_tokenizer_without_bos_puts_the_image_first():
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = None
     prompt = choose_prompt("plain", tokenizer)
     assert prompt.visual_at == 0
     assert tokenizer.decode(prompt.encode_question("q")) == "USER: q ASSISTANT:"
+
+
+def chat(template, *, bos="<s>", eos="</s>", special=()):
+    """The chat format of a template; each of `special` is one token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
+    tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    tokenizer.chat_template = template
+    return choose_prompt("chat", tokenizer)
+
+
+def marked(prompt, turns, **how):
+    """The text, with | where the image goes, and what is learned in brackets."""
+    encoded = prompt.encode(turns, **how)
+    texts, learned = [], False
+    for place, (token, label) in enumerate(zip(encoded.input_ids, encoded.labels, strict=True)):
+        texts.append("|" if place == prompt.visual_at else "")
+        if (label != IGNORED) != learned:
+            texts.append("]" if learned else "[")
+            learned = not learned
+        texts.append(prompt.tokenizer.decode([token]))
+    return "".join(texts) + ("]" if learned else "")
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ENDS = ("<|im_start|>", "<|im_end|>")
+QA = [("q", "red"), ("where", "here")]
+
+
+def test_a_bos_that_opens_every_message_is_part_of_the_message():
+    """As SmolLM2's: the image stands before it."""
+    prompt = chat(CHATML, bos="<|im_start|>", eos="<|im_end|>", special=ENDS)
+    assert prompt.visual_at == 0
+    assert marked(prompt, QA) == (
+        "|<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[red<|im_end|>]\n"
+        "<|im_start|>user\nwhere<|im_end|>\n<|im_start|>assistant\n[here<|im_end|>]"
+    )
+
+
+def test_an_end_of_turn_that_is_not_eos_is_the_end():
+    """As Gemma's: what follows it is not learned, and generation stops at it."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}<turn>model\n{% endif %}"
+    )
+    prompt = chat(template, special=("<turn>", "<end>"))
+    # the template's own generation prompt counts, not the role in its messages
+    assert marked(prompt, QA) == (
+        "<s>|<turn>user\nq<end>\n<turn>model\n[red<end>]\n<turn>user\nwhere<end>\n<turn>model\n[here<end>]"
+    )
+    assert [prompt.tokenizer.decode([token]) for token in prompt.end_ids] == ["</s>", "<end>"]
+    assert prompt.notes == ()
+    assert prompt.tokenizer.decode(option_ids(prompt, ("a", "b"))) == "ab"
+
+
+def test_an_eos_at_the_end_of_the_conversation_alone_is_not_learned():
+    """As Phi-3's."""
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    prompt = chat(template, special=("<user>", "<assistant>", "<end>"))
+    assert marked(prompt, QA) == (
+        "|<user>\nq<end>\n<assistant>\n[red<end>]\n<user>\nwhere<end>\n<assistant>\n[here<end>]"
+    )
+
+
+def test_thinking_is_off_and_stays_as_it_was_asked():
+    """As Qwen3's, which takes the empty block out of earlier turns: each answer is learned right after the prompt."""
+    template = CHATML.replace(
+        "m['content'] +", "('<think></think>' if loop.last and loop.index0 % 2 else '') + m['content'] +"
+    ).replace(
+        "assistant\n' }}",
+        "assistant\n' }}{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}",
+    )
+    prompt = chat(template, bos=None, eos="<|im_end|>", special=ENDS)
+    assert marked(prompt, QA) == (
+        "|<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think></think>[red<|im_end|>]\n"
+        "<|im_start|>user\nwhere<|im_end|>\n<|im_start|>assistant\n<think></think>[here<|im_end|>]"
+    )
+
+
+def test_what_a_template_puts_before_an_answer_is_not_learned():
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}U: {{ m['content'] }}{% else %}"
+        "A: <think></think>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    prompt = chat(template)
+    assert marked(prompt, QA[:1]) == "<s>|U: qA: <think></think>[red</s>]"
+    assert prompt.tokenizer.decode(prompt.encode_question("q")) == "<s>U: qA: <think></think>"
+
+
+@pytest.mark.parametrize("answer", ["the red one", "it"])
+def test_a_generation_prompt_that_ends_in_a_blank_is_kept(answer):
+    """Together, the blank and the answer's first word would be one token."""
+    prompt = choose_prompt("chat", tiny_tokenizer(chat=True))
+    assert prompt.tokenizer.tokenize(f" {answer}")[0] != "\u0120"
+    assert marked(prompt, [("q", answer)]) == f"<s>|[user] q\n[assistant] [{answer}</s>]"
+
+
+@pytest.mark.parametrize(
+    "date", ["{{ date_string }}", "{{ strftime_now('%d %b %Y') }}", '{{ strftime_now( "%d %b %Y" ) }}']
+)
+def test_the_date_is_always_the_same(tmp_path, date):
+    template = "{{ bos_token }}" + date + "{% for m in messages %} {{ m['content'] }}</s>{% endfor %}"
+    prompt = chat(template)
+    assert marked(prompt, QA[:1]) == "<s>|26 Jul 2024 q</s>[ red</s>]"
+    prompt.tokenizer.save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+
+    again = choose_prompt("chat", AutoTokenizer.from_pretrained(tmp_path))
+    assert again.tokenizer.chat_template == prompt.tokenizer.chat_template
+    assert again.encode(QA[:1]) == prompt.encode(QA[:1])
+
+
+def test_a_template_without_ends_gets_eos_and_says_so():
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    prompt = chat(template)
+    assert marked(prompt, QA) == "<s>|user: q\nassistant:[ red</s>]\nuser: where\nassistant:[ here</s>]"
+    assert prompt.notes == ("the LLM's chat template does not end answers: </s> is put after each, and learned",)
+
+
+def test_a_template_that_rewrites_the_past_can_be_used_turn_by_turn():
+    prompt = chat("{{ bos_token }}{{ messages | length }} {{ messages[-1]['content'] }}")
+    assert marked(prompt, QA, isolated=True) == "<s>|1 q[red</s>]1 where[here</s>]"
+
+
+def test_a_template_that_raises_or_hides_answers_is_refused():
+    with pytest.raises(UsageError, match="chat template cannot be used") as caught:
+        chat("{{ raise_exception('no system text') }}")
+    assert caught.value.why == "no system text"
+    with pytest.raises(UsageError, match="cannot be trained on"):
+        chat("{{ messages | length }}")

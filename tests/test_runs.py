@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from full_disk import FullDisk
 
-from vlmx.errors import RunError, UnknownNameError
+from vlmx.errors import OutOfSpaceError, RunError, UnknownNameError
 from vlmx.runs import RunFolder, list_runs, write_atomic
 
 
@@ -49,6 +50,42 @@ def test_status_keeps_earlier_fields_and_metrics_are_lines(root: Path) -> None:
     run.log(step=1, loss=2.0)
     run.log(step=2, loss=1.0)
     assert [line["loss"] for line in run.metrics()] == [2.0, 1.0]
+
+
+def test_a_line_of_metrics_is_whole_or_not_there(root: Path) -> None:
+    run = RunFolder.open("vit-mlp2", root=root)
+    run.log(step=1, loss=2.0)
+    whole = (run.path / "metrics.jsonl").read_bytes()
+    with FullDisk(len(whole) + 5), pytest.raises(OutOfSpaceError):
+        run.log(step=2, loss=1.0)  # five bytes of it are written, and taken back
+    assert (run.path / "metrics.jsonl").read_bytes() == whole
+    with FullDisk(len(whole)), pytest.raises(OutOfSpaceError):
+        run.log(step=2, loss=1.0)
+    (run.path / "metrics.jsonl").write_bytes(whole + b'{"step": 2, "lo')
+    assert [line["step"] for line in run.metrics()] == [1]
+    run.log(step=3, loss=0.5)
+    assert [line["step"] for line in run.metrics()] == [1, 3]
+
+
+def test_a_damaged_line_of_metrics_is_named(root: Path) -> None:
+    run = RunFolder.open("vit-mlp2", root=root)
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n')
+    with pytest.raises(RunError, match="is damaged") as caught:
+        list(run.metrics())
+    assert caught.value.why.startswith("line 2: ")
+
+
+def test_one_process_at_a_time_and_a_field_of_none_is_forgotten(root: Path) -> None:
+    run = RunFolder.open("vit-mlp2", root=root)
+    with run.held():
+        run.set_status("failed", error="x")
+        with pytest.raises(RunError, match="there is a training in"), RunFolder(run.path).held():
+            pass
+    started = run.status["started"]
+    with run.held():
+        run.set_status("running", started="long ago")
+        assert "error" not in RunFolder.create(run.path, kind="train", config={}).status
+    assert run.status["started"] == "long ago" != started
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from vlmx.train.sampler import (
     epoch_batches,
     order_digest,
     rank_share,
+    repeats,
     steps_an_epoch,
     word_count,
 )
@@ -73,6 +74,25 @@ def test_fewer_examples_than_a_batch():
     few = [conversation(n, image=True) for n in range(3)]
     (batch,) = batches(data=few)
     assert sorted(np.bincount(batch).tolist()) == [2, 3, 3]
+
+
+@pytest.mark.parametrize("order", ["default", "paper"])
+@pytest.mark.parametrize("images", [3, 8, 9, 13, 16, 40, 50])
+def test_repeats_are_those_of_the_batches(order, images):
+    data = [conversation(n, image=n < images) for n in range(images + 6)]
+    if order == "paper" and images == 3:
+        return  # its batches cannot be cut
+    seen = np.bincount(batches(data=data, order=order).ravel())
+    found = repeats(data, 8, order)
+    assert (found.conversations, found.most) == ((seen > 1).sum(), seen.max())
+
+
+def test_repeats_are_said_as_they_are():
+    rows = [conversation(n, image=n >= 3) for n in range(99)]
+    assert repeats(rows, 32).text == "3 conversations are seen more than once, up to 11 times, to complete batches"
+    assert repeats(rows, 8).text == "3 conversations are seen more than once, up to 3 times, to complete batches"
+    assert repeats(rows, 3).text == ""
+    assert repeats(MIXED, 8).text == "14 conversations are seen twice to complete batches"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

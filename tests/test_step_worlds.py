@@ -87,7 +87,7 @@ def test_two_processes_are_one_process_with_twice_the_micro_batches_bit_for_bit(
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("run", ["budget", "lora"])
+@pytest.mark.parametrize("run", ["budget", "packed", "lora"])
 def test_two_processes_are_one_process(folder, alone, two, run):
     assert two[0]["runs"][run] == pytest.approx(alone["runs"][run], abs=1e-5)
     one, other = saved(folder, f"{run}-1"), saved(folder, f"{run}-2")
@@ -104,6 +104,11 @@ def test_the_means_of_micro_batches_depend_on_their_division_only(alone, two):
 def test_micro_batches_by_tokens_have_the_loss_of_fixed_ones(alone, two):
     assert alone["runs"]["budget"] == pytest.approx(alone["runs"]["fixed"], abs=1e-6)
     assert two[0]["runs"]["budget"] == pytest.approx(alone["runs"]["fixed"], abs=1e-5)
+
+
+def test_packed_rows_have_the_loss_of_padded_ones(alone, two):
+    assert alone["runs"]["packed"] == pytest.approx(alone["runs"]["fixed"], abs=1e-5)
+    assert two[0]["runs"]["packed"] == pytest.approx(alone["runs"]["fixed"], abs=1e-5)
 
 
 def test_recomputed_layers_change_nothing(alone):

@@ -22,9 +22,10 @@ from vlmx.cache_specs.spec import CacheSpec, TokenShape
 from vlmx.cache_specs.writer import CacheWriter
 from vlmx.errors import CacheError, ConfigError, DataError, RunError, UnknownNameError, UsageError
 from vlmx.models.folder import load_model
+from vlmx.models.prompts import IGNORED
 from vlmx.runs import RunFolder
 from vlmx.train.checkpoints import saved_steps
-from vlmx.train.collate import _answer_weights
+from vlmx.train.collate import Row, _answer_weights
 from vlmx.train.command import train as train_command
 
 MAIN = Path(__file__).parent / "train_main.py"
@@ -144,9 +145,13 @@ def test_every_answer_counts_the_same_if_wanted(world, plain):
 
 
 def test_weights_of_answers():
-    turns_BT = np.array([[0, 1, 1, 1, 2, 2], [0, 1, 1, 1, -1, -1]])
-    learned_BT = np.array([[0, 0, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0]], dtype=bool)
-    assert _answer_weights(turns_BT, learned_BT) == pytest.approx([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3])
+    turns = [np.array([0, 1, 1, 1, 2, 2]), np.array([0, 1, 1, 1])]
+    labels = [np.array([IGNORED, IGNORED, 8, 8, IGNORED, 8]), np.array([IGNORED, 8, 8, 8])]
+    rows = [
+        Row(ids=t, labels=n, turns=t, positions=t, truncated=False, image=None)
+        for t, n in zip(turns, labels, strict=True)
+    ]
+    assert _answer_weights(rows) == pytest.approx([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3])
 
 
 @pytest.fixture(scope="module")

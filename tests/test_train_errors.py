@@ -78,3 +78,12 @@ def test_corrupt_checkpoints_and_another_configuration(world, tmp_path, capsys):
     assert code == 7
     assert said["error"].startswith("all checkpoints in ")
     assert said["why"].count(".metadata is not what was written") == 2
+
+
+@pytest.mark.parametrize("order", ["default", "paper"])
+def test_a_seed_that_generators_cannot_take(world, tmp_path, capsys, order):
+    command = [*arguments(world, tmp_path / "run"), "seed=18446744073709551616", f"order={order}", "optim.lr=-1"]
+    code, said = fails(capsys, command)
+    assert code == 2
+    assert "seed" in said["why"]
+    assert "optim.lr" in said["why"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,16 +118,12 @@ class MissingImages:
     missing: tuple[str, ...]
     renamed: Mapping[str, str]
 
-    def by_folder(self) -> dict[str, int]:
-        """How many are missing in each folder."""
-        return dict(Counter(key.rpartition("/")[0] for key in self.missing))
-
 
 def missing_images(keys: Iterable[str], image_root: Path) -> MissingImages:
     """Look which images lie below a folder. Each folder is listed once, which is quicker than asking for each file.
 
     Args:
-        keys: paths relative to `image_root`, e.g. of `image_keys`.
+        keys: paths relative to `image_root`.
         image_root: the folder that holds coco/, gqa/, ocr_vqa/, textvqa/ and vg/.
     """
     listed: dict[str, set[str]] = {}
@@ -146,11 +142,6 @@ def missing_images(keys: Iterable[str], image_root: Path) -> MissingImages:
         else:
             missing.append(key)
     return MissingImages(missing=tuple(missing), renamed=renamed)
-
-
-def image_keys(conversations: Sequence[Conversation]) -> list[str]:
-    """The images of conversations, each once, in the order of first appearance."""
-    return list(dict.fromkeys(c.image for c in conversations if c.image is not None))
 
 
 def _file_names(folder: Path) -> set[str]:

@@ -150,6 +150,8 @@ def _problem(row: Any) -> str:
         return "image is not a text"
     if image == "":
         return "image is empty; a text-only conversation has none"
+    if not _is_unicode(f"{row.get('id')} {image}"):
+        return "id or image has half a character (a surrogate, \\ud800 to \\udfff)"
     others = [key for key in _OTHER_MEDIA if row.get(key)]
     if others:
         return f"it has {' and '.join(others)}; a conversation can have one image, under image"
@@ -158,9 +160,20 @@ def _problem(row: Any) -> str:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             return f"message {index + 1} has no text in value"
+        if not _is_unicode(message["value"]):
+            return f"message {index + 1} has half a character (a surrogate, \\ud800 to \\udfff) in value"
         if message.get("from") != _ROLES[index % 2]:
             return f"message {index + 1} is from {message.get('from')!r}, expected {_ROLES[index % 2]!r}"
     return ""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written; JSON has escapes for halves of characters, which alone are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rows(path: Path) -> Iterator[Any]:

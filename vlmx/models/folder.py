@@ -96,6 +96,7 @@ def _write_model(folder: Path, vlm: VLM, tokenizer: Any, card: ModelCard, state:
     }
     save_file(connector, folder / "connector.safetensors")
     llm = {key.removeprefix("llm."): value for key, value in state.items() if key.startswith("llm.")}
+    vlm.llm.generation_config.eos_token_id = sorted(vlm.eos_ids)  # so that whoever generates with it stops there
     with no_progress_bars():
         vlm.llm.save_pretrained(folder / "llm", state_dict=llm)
     tokenizer.save_pretrained(folder / "llm")
@@ -170,5 +171,5 @@ def load_model(folder: Path) -> SavedModel:
     if card.rope == "bf16":
         round_positions(llm)
     prompt = choose_prompt(card.prompt, tokenizer)
-    vlm = VLM(connector, llm, visual_at=prompt.visual_at, eos_ids=[tokenizer.eos_token_id])
+    vlm = VLM(connector, llm, visual_at=prompt.visual_at, eos_ids=prompt.end_ids)
     return SavedModel(vlm=vlm.eval(), prompt=prompt, card=card)

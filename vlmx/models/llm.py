@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from vlmx.errors import WeightsError
-
-MINI = "mini"
-MINI_FOLDER = Path(__file__).parent.parent / "data" / "mini" / "lm"
+from vlmx.models.llm_files import MINI, MINI_FOLDER, checked_source
 
 
 def is_mini(name_or_path: str) -> bool:
@@ -33,7 +33,8 @@ def load_llm(name_or_path: str) -> tuple[Any, Any]:
         (model, tokenizer), a `PreTrainedModel` with a language-model head and a fast tokenizer.
 
     Raises:
-        WeightsError: the folder or id does not exist, or lacks weights, or the weights do not fill the model.
+        WeightsError: the folder or id does not exist, or lacks weights, or the weights are damaged or do not fill the
+            model, or the tokenizer is that of another one.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,25 +42,60 @@ def load_llm(name_or_path: str) -> tuple[Any, Any]:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
         with no_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError) as error:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except load_errors() as error:
         raise unloadable(name_or_path, error) from error
     model, report = loaded
-    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    shapes = sorted(
+        f"{n} is {[*there]} there, {[*here]} by its config.json" for n, there, here in report["mismatched_keys"]
+    )
+    wrong = sorted(report["missing_keys"]) + shapes
     if wrong:
         raise WeightsError(
             f"the weights of the LLM '{name_or_path}' do not fill its model",
             why=f"{len(wrong)} tensors are missing or of another shape, e.g. {', '.join(wrong[:3])}",
             fix="download the folder again, or correct its config.json",
         )
+    require_rows(model, tokenizer, name_or_path)
     return model, tokenizer
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises for a folder that it cannot load, depending on what is wrong with it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError, StrictDataclassError)
+
+
+def require_rows(llm: Any, tokenizer: Any, name_or_path: str) -> None:
+    """Make sure that every token has an embedding.
+
+    Raises:
+        WeightsError: some have none.
+    """
+    rows = llm.get_input_embeddings().num_embeddings
+    beyond = [token for token, number in tokenizer.get_vocab().items() if number >= rows]
+    if beyond:
+        raise WeightsError(
+            f"the tokenizer of the LLM '{name_or_path}' does not fit its weights",
+            why=f"there are {rows:,} embeddings, and none for {len(beyond):,} tokens, e.g. {sorted(beyond)[0]!r}",
+            fix="take the tokenizer that belongs to the weights; or add rows with"
+            " llm.resize_token_embeddings(len(tokenizer)), and save both",
+        )
 
 
 def unloadable(name_or_path: str, error: Exception) -> WeightsError:
     """What to tell the user when transformers cannot load an LLM."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    why = " ".join(line.strip() for line in (lines[:2] if lines[0].endswith((":", ": ")) else lines[:1]))
+    if isinstance(error, UnpicklingError):
+        why = "its .bin files are damaged, or hold something else than tensors"
     return WeightsError(
         f"the LLM '{name_or_path}' cannot be loaded",
-        why=str(error).strip().splitlines()[0],
+        why=why,
         fix="give a local folder with config.json, weights and tokenizer, or 'mini'"
         + (" (HF_HUB_OFFLINE is set: hub ids work only from the hub's cache)" if _offline() else ""),
     )
@@ -71,6 +107,19 @@ def has_sliding_window(config: Any) -> bool:
     if kinds is not None:
         return any("full" not in kind for kind in kinds)
     return getattr(config, "sliding_window", None) is not None
+
+
+def isolation_problem(llm: Any) -> str:
+    """Why turns of a conversation cannot be hidden from each other in this LLM; empty if they can.
+
+    It must take a mask of any form, and positions, which start again in every turn.
+    """
+    config = llm.config.get_text_config()
+    if has_sliding_window(config):
+        return "not all of its layers attend to all that came before (a sliding window, a state), as such a mask needs"
+    if "position_ids" not in inspect.signature(llm.forward).parameters or getattr(config, "alibi", False):
+        return "positions cannot be given to it: it counts them by itself (ALiBi), or has none"
+    return ""
 
 
 @contextmanager
@@ -94,31 +143,3 @@ def has_rotary_positions(config: Any) -> bool:
 
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def checked_source(name_or_path: str) -> str:
-    """The folder or hub id to load, after the checks whose failure transformers reports in many ways.
-
-    Raises:
-        WeightsError: there is no such folder, or it is not that of an LLM with weights.
-    """
-    folder = MINI_FOLDER if name_or_path == MINI else Path(name_or_path).expanduser()
-    if not folder.is_dir():
-        if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-            raise WeightsError(
-                f"there is no LLM folder {name_or_path}", fix="check the path, or give 'mini' or a hub id"
-            )
-        return name_or_path
-    if not (folder / "config.json").exists():
-        raise WeightsError(
-            f"{folder} is not an LLM folder",
-            why="it has no config.json",
-            fix="give a folder that save_pretrained made",
-        )
-    if not any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")):
-        raise WeightsError(
-            f"the LLM folder {folder} has no weights",
-            why="there is neither *.safetensors nor pytorch_model*.bin in it",
-            fix="download the weights into it; the configuration alone is not enough",
-        )
-    return str(folder)

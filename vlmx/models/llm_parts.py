@@ -7,7 +7,6 @@ meta device and computed again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,17 +17,15 @@ from torch import Tensor
 
 from vlmx.errors import WeightsError
 from vlmx.models.adapters import is_adapter, plain_name
-from vlmx.models.llm import checked_source, unloadable
-
-INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
+from vlmx.models.llm import load_errors, require_rows, unloadable
+from vlmx.models.llm_files import INDEX, WHOLE, checked_source, tensors_index
 
 
 def llm_without_weights(name_or_path: str) -> tuple[Any, Any]:
     """A causal LM in float32 on the meta device, and its tokenizer; see `load_llm`.
 
     Raises:
-        WeightsError: the folder or id does not exist, or lacks weights.
+        WeightsError: the folder or id does not exist, or lacks weights, or files of it are damaged.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -38,8 +35,9 @@ def llm_without_weights(name_or_path: str) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             llm: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except load_errors() as error:
         raise unloadable(name_or_path, error) from error
+    require_rows(llm, tokenizer, name_or_path)
     if (Path(source) / "generation_config.json").exists():
         llm.generation_config = GenerationConfig.from_pretrained(source)
     return llm, tokenizer
@@ -61,11 +59,11 @@ def weight_files(name_or_path: str, llm: Any) -> Mapping[str, Path] | None:
     from safetensors import safe_open
 
     folder = Path(checked_source(name_or_path))
-    if (folder / INDEX).exists():
-        files = {n: folder / file for n, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
-    elif (folder / WHOLE).exists():
+    if (folder / WHOLE).exists():
         with safe_open(folder / WHOLE, framework="pt") as opened:
             files = dict.fromkeys(opened.keys(), folder / WHOLE)
+    elif (folder / INDEX).exists():
+        files = {name: folder / file for name, file in tensors_index(folder, INDEX).items()}
     else:
         return None
     tied = llm.all_tied_weights_keys

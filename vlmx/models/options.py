@@ -23,7 +23,7 @@ def option_ids(prompt: Prompt, options: Sequence[str]) -> list[int]:
     found: list[int] = []
     for option in options:
         learned = [label for label in prompt.encode([("?", option)]).labels if label != IGNORED]
-        if learned and learned[-1] == prompt.tokenizer.eos_token_id:
+        if learned and learned[-1] in prompt.end_ids:
             learned.pop()
         if len(learned) != 1:
             raise _refused(f"as an answer '{option}' is {len(learned)} tokens of this LLM's tokenizer, not one")

@@ -1,8 +1,8 @@
 """How does a conversation become token ids, and which of them are learned? The prompt formats.
 
 Text that the user says is never supervised; answers and the token that ends them are. The literal `<image>` is removed
-and messages are stripped in training and in evaluation alike: visual tokens always stand right after BOS, wherever the
-annotation put the image.
+and messages are stripped in training and in evaluation alike: visual tokens always stand right after BOS (or first of
+all, where there is none), wherever the annotation put the image.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from vlmx.registry import Registry
 
 IGNORED = -100
 AUTO = "auto"
+CHAT = "chat"
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -47,20 +48,18 @@ class EncodedConversation:
     labels: list[int]
     turn_of_token: list[int]
 
-    @property
-    def supervised_count(self) -> int:
-        """How many tokens are learned."""
-        return sum(label != IGNORED for label in self.labels)
-
 
 class Prompt(ABC):
     """One prompt format with one tokenizer.
 
     Attributes:
-        visual_at: where the visual tokens go: 1 (after BOS), or 0 if the tokenizer has no BOS.
+        visual_at: where the visual tokens go: 1 (after BOS), or 0 if there is no BOS.
+        end_ids: ids that end an answer.
+        notes: what the user should know of this format with this tokenizer, one line each.
     """
 
     name: ClassVar[str]
+    notes: tuple[str, ...] = ()
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -71,6 +70,7 @@ class Prompt(ABC):
                 why="an answer would never end",
                 fix="set eos_token in its tokenizer_config.json",
             )
+        self.end_ids: list[int] = [tokenizer.eos_token_id]
 
     @abstractmethod
     def segments(self, conversations: Sequence[Sequence[Exchange]]) -> list[list[Segment]]:
@@ -174,61 +174,10 @@ class PlainPrompt(TextPrompt):
         return f" {answer}{self.tokenizer.eos_token}"
 
 
-class ChatPrompt(Prompt):
-    """The tokenizer's own chat template; where answers begin and end follows from the lengths of its prefixes."""
-
-    name = "chat"
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer)
-        if not tokenizer.chat_template:
-            raise UsageError(
-                "the LLM's tokenizer has no chat template", fix="choose prompt=vicuna-v1.5 or prompt=plain instead"
-            )
-        self.visual_at = int(self._render([("user", "a")], ask=True)[0] == tokenizer.bos_token_id)
-
-    def segments(self, conversations: Sequence[Sequence[Exchange]]) -> list[list[Segment]]:
-        return [self._segments(turns) for turns in conversations]
-
-    def encode_question(self, text: str) -> list[int]:
-        return self._render([("user", clean(text))], ask=True)
-
-    def _segments(self, turns: Sequence[Exchange]) -> list[Segment]:
-        messages: list[tuple[str, str]] = []
-        parts: list[Segment] = []
-        done = self._render([("user", "a")], ask=True)[: self.visual_at]
-        for question, answer in turns:
-            messages.append(("user", question))
-            asked = self._render(messages, ask=True)
-            messages.append(("assistant", answer))
-            answered = self._render(messages, ask=False)
-            if asked[: len(done)] != done or answered[: len(asked)] != asked:
-                raise UsageError(
-                    "the LLM's chat template cannot be trained on turn by turn",
-                    why="it rewrites earlier turns when a later one is added",
-                    fix="choose prompt=plain, or turns=isolated, which never shows it more than one turn",
-                )
-            end = self._end_of_answer(answered, len(asked))
-            parts.append(Segment(ids=asked[len(done) :], supervised=False))
-            parts.append(Segment(ids=answered[len(asked) : end], supervised=True))
-            done = answered[:end]
-        return parts
-
-    def _end_of_answer(self, ids: list[int], start: int) -> int:
-        """Templates often add a line break after the end token; nobody generates that, so it belongs to the next
-        question.
-        """
-        backwards = (index for index in range(len(ids) - 1, start - 1, -1) if ids[index] == self.tokenizer.eos_token_id)
-        return next(backwards, len(ids) - 1) + 1
-
-    def _render(self, messages: Sequence[tuple[str, str]], *, ask: bool) -> list[int]:
-        rows = [{"role": role, "content": content} for role, content in messages]
-        return list(self.tokenizer.apply_chat_template(rows, add_generation_prompt=ask, return_dict=False))
-
-
 PROMPTS: Registry[type[Prompt]] = Registry("prompt", group="vlmx.prompts")
-for _prompt in (VicunaPrompt, PlainPrompt, ChatPrompt):
+for _prompt in (VicunaPrompt, PlainPrompt):
     PROMPTS.add(_prompt.name, _prompt)
+PROMPTS.add(CHAT, "vlmx.models.chat:ChatPrompt")
 
 
 def clean(message: str) -> str:
@@ -245,5 +194,5 @@ def choose_prompt(name: str, tokenizer: Any, *, mini_llm: bool = False) -> Promp
         UsageError: the tokenizer lacks what the format needs.
     """
     if name == AUTO:
-        name = PlainPrompt.name if mini_llm else ChatPrompt.name if tokenizer.chat_template else VicunaPrompt.name
+        name = PlainPrompt.name if mini_llm else CHAT if tokenizer.chat_template else VicunaPrompt.name
     return PROMPTS.get(name)(tokenizer)

@@ -3,8 +3,9 @@
 Shapes: B rows, T positions of a row (visual and text), U different images of a batch, N visual tokens an image, D width
 of the encoder, E width of the LLM, S supervised tokens of a batch, V vocabulary.
 
-Rows are padded on the right and nothing is masked for it: in causal attention no token sees what comes after it. Logits
-are computed at the S positions that are supervised and nowhere else.
+Rows are padded on the right and nothing is masked for it: in causal attention no token sees what comes after it. Packed
+rows share one row of the batch instead, one after the other (`vlmx.models.packed`). Logits are computed at the S
+positions that are supervised and nowhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmx.errors import WeightsError
+from vlmx.models.packed import PackedRows
 from vlmx.models.tokens import to_floats
 
 
@@ -35,7 +37,9 @@ class Batch:
         target_S: those next tokens.
         weight_S: what each of them weighs in the loss; None: each weighs 1.
         turn_BT: isolated turns only: 0 for the shared prefix, k for the k-th turn; None: plain causal attention.
-        position_BT: isolated turns only: positions, which start again after the prefix in every turn.
+        position_BT: isolated turns only: positions, which start again after the prefix in every turn. Packed rows
+            only: positions, which start again in every row.
+        lengths: packed rows only: of each row. B is 1 then, and T their sum; `image_rows` counts the packed rows.
     """
 
     input_ids_BT: Tensor
@@ -49,6 +53,7 @@ class Batch:
     position_BT: Tensor | None = None
     scale_D: Tensor | None = None
     offset_D: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; a copy from page-locked memory runs by itself."""
@@ -81,7 +86,8 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The weighted sum of the S token losses, a scalar in float32; 0 with a gradient of zeros if S is 0."""
-        embeds_BTE = self._embed(batch)
+        packed = None if batch.lengths is None else PackedRows.of(batch.lengths, batch.input_ids_BT.device)
+        embeds_BTE = self._embed(batch, packed)
         extra: dict[str, Any] = {}
         if batch.turn_BT is not None:
             assert batch.position_BT is not None
@@ -89,6 +95,9 @@ class VLM(nn.Module):
                 "attention_mask": isolating_mask(batch.turn_BT, embeds_BTE.dtype),
                 "position_ids": batch.position_BT,
             }
+        if packed is not None:
+            assert batch.position_BT is not None
+            extra = packed.arguments(batch.position_BT)
         logits_SV = self.logits(embeds_BTE, batch.predictor_S, **extra)
         if batch.weight_S is None:
             return F.cross_entropy(logits_SV.float(), batch.target_S, reduction="sum")
@@ -160,7 +169,7 @@ class VLM(nn.Module):
             embeds_BTE = self.llm.get_input_embeddings()(chosen[-1])[:, None]
         return torch.stack(chosen, dim=1)
 
-    def _embed(self, batch: Batch) -> Tensor:
+    def _embed(self, batch: Batch, packed: PackedRows | None) -> Tensor:
         """Text embeddings with the visual ones put in their places, [B, T, E].
 
         The connector runs even on zero images: where ranks train together, each must take part in every collective of
@@ -170,6 +179,11 @@ class VLM(nn.Module):
         dtype = _dtype_of(self.connector)
         visual_UND = to_floats(batch.visual_UND, dtype, scale_D=batch.scale_D, offset_D=batch.offset_D)
         visual_UNE = self.connector(visual_UND).to(embeds_BTE.dtype)
+        if packed is not None:
+            offsets_N = torch.arange(self.visual_at, self.visual_at + visual_UNE.shape[1], device=embeds_BTE.device)
+            places_RN = packed.bounds[batch.image_rows, None] + offsets_N
+            embeds_BTE[0, places_RN] = visual_UNE[batch.image_of_row]
+            return embeds_BTE
         places_BNE = embeds_BTE[:, self.visual_at : self.visual_at + visual_UNE.shape[1]]
         # rows of text alone may be shorter than an image
         places_BNE[batch.image_rows] = visual_UNE[batch.image_of_row, : places_BNE.shape[1]]

@@ -19,11 +19,12 @@ from vlmx.cache_specs.fused import FusedSpec
 from vlmx.cache_specs.spec import CacheSpec
 from vlmx.errors import RunError, SpecMismatchError, UsageError
 from vlmx.extract.backbones.base import Backbone, build_backbone
-from vlmx.models.adapters import merged
+from vlmx.models.adapters import merged, transposed_layers
 from vlmx.models.connectors import build_connector
 from vlmx.models.folder import SavedModel, card_from_dict, load_model, save_model
 from vlmx.models.llm import load_llm, no_progress_bars
 from vlmx.models.prompts import VICUNA_SYSTEM, PlainPrompt, VicunaPrompt, choose_prompt
+from vlmx.models.rope import round_positions
 from vlmx.models.vlm import VLM
 from vlmx.runs import RunFolder
 from vlmx.serve.clip_tower import tower_config, tower_state
@@ -113,15 +114,16 @@ def model_of_step(run: RunFolder, step: str) -> SavedModel:
     verify(folder, record)
     card = card_from_dict(record.card)
     llm, tokenizer = load_llm(card.llm)
+    connector = build_connector(card.connector, card.dim_vision, card.dim_llm)
+    prompt = choose_prompt(card.prompt, tokenizer)
+    vlm = VLM(connector, llm, visual_at=prompt.visual_at, eos_ids=prompt.end_ids)
     lora = run.config.get("lora") or {}
     state = read_weights(folder, record.step)
     if lora.get("r") is not None:
-        base = {f"llm.{name}": value for name, value in llm.state_dict().items()}
-        state = _merged_into(base, state, r=lora["r"], alpha=lora["alpha"])
-    connector = build_connector(card.connector, card.dim_vision, card.dim_llm)
-    prompt = choose_prompt(card.prompt, tokenizer)
-    vlm = VLM(connector, llm, visual_at=prompt.visual_at, eos_ids=[tokenizer.eos_token_id])
+        state = _merged_into(vlm, state, r=lora["r"], alpha=lora["alpha"])
     vlm.load_state_dict({**vlm.state_dict(), **state})
+    if card.rope == "bf16":
+        round_positions(llm)
     return SavedModel(vlm=vlm.eval(), prompt=prompt, card=card)
 
 
@@ -139,16 +141,19 @@ def why_not_llava(saved: SavedModel) -> list[str]:
         reasons.append("it joins several encoders")
     elif geometry.fill != tuple(int(255 * level) for level in spec.mean):
         reasons.append("its photos are padded with another colour than their mean")
+    if card.rope == "bf16":
+        reasons.append("its LLM learned with rounded rotary positions (rope=bf16), which LLaVA does not compute")
     if geometry.mode != "letterbox" or geometry.height != geometry.width or geometry.crop_pct != 1.0:
         reasons.append("its photos are not simply padded to a square")
     return reasons
 
 
-def _merged_into(base: Mapping[str, Tensor], state: Mapping[str, Tensor], *, r: int, alpha: float) -> dict[str, Tensor]:
-    """The trained tensors over the frozen ones that they adapt, as those of the plain model."""
+def _merged_into(vlm: VLM, state: Mapping[str, Tensor], *, r: int, alpha: float) -> dict[str, Tensor]:
+    """The trained tensors over the frozen ones of a plain model that they adapt, as those of the plain model."""
+    base = vlm.state_dict()
     adapted = {name.partition(".lora_")[0] for name in state if ".lora_" in name}
     frozen = {f"{stem}.base_layer.weight": base[f"{stem}.weight"] for stem in adapted}
-    return merged({**frozen, **state}, r=r, alpha=alpha)
+    return merged({**frozen, **state}, r=r, alpha=alpha, transposed=transposed_layers(vlm))
 
 
 def _encoder(spec: Any, weights: str | None) -> Backbone:
@@ -219,6 +224,7 @@ def _write_llava(folder: Path, saved: SavedModel, backbone: Backbone, dtype: tor
     model.load_state_dict(state, strict=True, assign=True)
     model.generation_config = llm.generation_config
     model.generation_config.suppress_tokens = [image_id]
+    model.generation_config.eos_token_id = sorted(saved.vlm.eos_ids)
     with no_progress_bars():
         model.save_pretrained(folder)
     processor = _processor(saved, backbone, tokenizer)

@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlmx.cache_specs.spec import CacheSpec
+from vlmx.models.chat import ChatPrompt
 from vlmx.models.folder import ModelCard
-from vlmx.models.prompts import VICUNA_SYSTEM, ChatPrompt, PlainPrompt, Prompt, VicunaPrompt
+from vlmx.models.prompts import VICUNA_SYSTEM, PlainPrompt, Prompt, VicunaPrompt
 
 _LAYERS = {
     "linear": "nn.Linear({d}, {e})",
     "mlp2": "nn.Sequential(nn.Linear({d}, {e}), nn.GELU(), nn.Linear({e}, {e}))",
     "mlp3": "nn.Sequential(nn.Linear({d}, {w}), nn.GELU(), nn.Linear({w}, {e}), nn.GELU(), nn.Linear({e}, {e}))",
 }
+_PLACE = ("before all text", "right after BOS")
+_ROPE = '''
+
+def rounded(module, args, kwargs, output):
+    """Cosines and sines of positions that are computed in bfloat16, as they were in training."""
+    positions_BT = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    phases_BTF = positions_BT[..., None].to(torch.bfloat16) * module.inv_freq.to(torch.bfloat16)
+    phases_BTF = torch.cat((phases_BTF, phases_BTF), dim=-1)
+    return tuple((turn(phases_BTF) * module.attention_scaling).to(output[0].dtype) for turn in (torch.cos, torch.sin))
+
+
+for module in llm.modules():
+    if hasattr(module, "inv_freq"):
+        module.register_forward_hook(rounded, with_kwargs=True)
+'''
 _TEXTS = {
     VicunaPrompt.name: f'f"{VICUNA_SYSTEM} USER: {{question}} ASSISTANT:"',
     PlainPrompt.name: 'f"USER: {question} ASSISTANT:"',
@@ -32,8 +48,8 @@ def parts_readme(card: ModelCard, prompt: Prompt, reasons: Sequence[str]) -> str
 
 A vision-language model in its parts. {why}\
 `connector.safetensors` maps visual tokens [images, {card.grid[0] * card.grid[1]}, {card.dim_vision}] to embeddings of
-the LLM in `llm/`; `model.json` says all of it in one place. The visual tokens stand right after
-{"BOS" if prompt.visual_at else "nothing: the LLM has no BOS"}, wherever the image is mentioned in the text.
+the LLM in `llm/`; `model.json` says all of it in one place. The visual tokens stand
+{_PLACE[prompt.visual_at]}, wherever the image is mentioned in the text.{_rope_text(card)}
 
 {_encoder_text(card)}
 
@@ -64,7 +80,7 @@ tokenizer = AutoTokenizer.from_pretrained("llm")
 connector = {layers}
 connector.load_state_dict(load_file("connector.safetensors"))
 connector.to(llm.dtype).eval()
-
+{_ROPE if card.rope == "bf16" else ""}
 
 def embeddings(visual_ND, question):
     \"\"\"The LLM's input: visual tokens of one image, and a question about it.\"\"\"
@@ -80,7 +96,6 @@ def answer(visual_ND, question, max_new_tokens=128):
         inputs_embeds=embeddings(visual_ND, question),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
     return tokenizer.decode(output[0], skip_special_tokens=True).strip()
@@ -89,11 +104,11 @@ def answer(visual_ND, question, max_new_tokens=128):
 
 def llava_readme(card: ModelCard, prompt: Prompt) -> str:
     """The README of a transformers LLaVA."""
-    if prompt.name == ChatPrompt.name:
-        ask = f"""# The image token stands right after BOS; the rest is the LLM's own chat template.
+    if isinstance(prompt, ChatPrompt):
+        ask = f"""# The image token stands {_PLACE[prompt.visual_at]}; the rest is the LLM's own chat template.
 question = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "What is this?"}}], add_generation_prompt=True, tokenize=False
-)
+){_lead_code(prompt)}
 at = len(tokenizer.bos_token) if {bool(prompt.visual_at)} else 0
 inputs = processor(
     images=image, text=question[:at] + "<image>" + question[at:], return_tensors="pt", add_special_tokens=False
@@ -125,10 +140,11 @@ print(answer)
 
 
 def _prompt_code(prompt: Prompt) -> str:
-    if prompt.name == ChatPrompt.name:
+    if isinstance(prompt, ChatPrompt):
         return (
             '    messages = [{"role": "user", "content": question.strip()}]\n'
-            "    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)"
+            "    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
+            f'{_lead_code(prompt)}\n    ids = tokenizer(text, add_special_tokens=False)["input_ids"]'
         )
     if prompt.name not in _TEXTS:
         return (
@@ -137,6 +153,17 @@ def _prompt_code(prompt: Prompt) -> str:
         )
     bos = "[tokenizer.bos_token_id] + " if prompt.visual_at else ""
     return f'    text = {_TEXTS[prompt.name]}\n    ids = {bos}tokenizer(text, add_special_tokens=False)["input_ids"]'
+
+
+def _lead_code(prompt: ChatPrompt) -> str:
+    return f" + {prompt.lead!r}" if prompt.lead else ""
+
+
+def _rope_text(card: ModelCard) -> str:
+    if card.rope == "fp32":
+        return ""
+    return """ The LLM learned with rotary
+positions that are rounded to bfloat16 (rope=bf16); the code below rounds them in the same way."""
 
 
 def _encoder_text(card: ModelCard) -> str:

@@ -14,16 +14,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vlmx.console import note
 from vlmx.errors import UsageError
 from vlmx.models.adapters import adapter_start, add_adapters, is_adapter, plain_name
 from vlmx.models.connectors import build_connector
 from vlmx.models.folder import ModelCard
-from vlmx.models.llm import has_sliding_window, is_mini, load_llm
+from vlmx.models.llm import is_mini, isolation_problem, load_llm
 from vlmx.models.llm_parts import fill_rows, llm_without_weights, read_own_rows, restore_buffers, weight_files
+from vlmx.models.packed import pack_attention
 from vlmx.models.prompts import Prompt, choose_prompt
 from vlmx.models.rope import round_positions
 from vlmx.models.vlm import VLM
 from vlmx.train.optim import decaying_names
+from vlmx.train.packing import Packing, choose_packing
 from vlmx.train.parallel import World, recompute_layers, shard
 from vlmx.train.plan import TrainPlan
 from vlmx.train.settings import TrainConfig
@@ -39,6 +42,7 @@ class Trainee:
         tokenizer: the LLM's.
         card: what the model is.
         decaying: names of the parameters that decay.
+        packing: whether its batches have packed rows.
     """
 
     vlm: VLM
@@ -46,10 +50,16 @@ class Trainee:
     tokenizer: Any
     card: ModelCard
     decaying: frozenset[str]
+    packing: Packing
 
 
-def assemble(plan: TrainPlan, world: World) -> Trainee:
+def assemble(plan: TrainPlan, world: World, *, reports: bool = True) -> Trainee:
     """Load the LLM, put a new connector before it, and place both; every process takes part.
+
+    Args:
+        plan: of the training.
+        world: the processes.
+        reports: whether the first of them tells the user what is unusual about the LLM.
 
     Raises:
         WeightsError: the LLM cannot be loaded.
@@ -59,16 +69,20 @@ def assemble(plan: TrainPlan, world: World) -> Trainee:
     llm, tokenizer = llm_without_weights(config.llm) if world.distributed else load_llm(config.llm)
     files = weight_files(config.llm, llm) if world.distributed else None
     prompt = choose_prompt(config.prompt, tokenizer, mini_llm=is_mini(config.llm))
-    if config.turns == "isolated" and has_sliding_window(llm.config.get_text_config()):
-        raise UsageError(
-            f"turns=isolated does not work with the LLM '{config.llm}'",
-            why="its layers attend within a sliding window, which the mask of isolated turns would lift",
-            fix="set turns=causal, or choose another LLM",
-        )
-    set_trained(llm, config)
+    require_fit(llm, config)
+    notes = set_trained(llm, config)
+    if world.first and reports:
+        for line in (*notes, *prompt.notes):
+            note(line)
+    packing = choose_packing(config, llm.config, world.device)
+    (packing_processes,) = world.sums([packing.on])
+    if 0 < packing_processes < world.size:
+        packing = Packing(on=False, text="rows padded (some processes have no fast kernel to pack them)")
+    if packing.on:
+        pack_attention(llm)
     dim_llm = llm.get_input_embeddings().embedding_dim
     connector = build_connector(config.connector, reader.shape.dim, dim_llm)
-    vlm = VLM(connector, llm, visual_at=prompt.visual_at, eos_ids=[tokenizer.eos_token_id])
+    vlm = VLM(connector, llm, visual_at=prompt.visual_at, eos_ids=prompt.end_ids)
     if config.activation_checkpointing:
         recompute_layers(llm)
     decaying = decaying_names(vlm)
@@ -91,20 +105,39 @@ def assemble(plan: TrainPlan, world: World) -> Trainee:
         grid=reader.shape.grid,
         rope=config.rope,
     )
-    return Trainee(vlm=vlm, prompt=prompt, tokenizer=tokenizer, card=card, decaying=decaying)
+    return Trainee(vlm=vlm, prompt=prompt, tokenizer=tokenizer, card=card, decaying=decaying, packing=packing)
 
 
-def set_trained(llm: Any, config: TrainConfig) -> None:
-    """Put adapters into the LLM where they are wanted, and have trained what is to be; changes it in place.
+def require_fit(llm: Any, config: TrainConfig) -> None:
+    """Make sure that the LLM can be trained in the way that is set.
 
     Raises:
-        UsageError: no layer has one of the names in `lora.targets`.
+        UsageError: turns cannot be isolated in it.
     """
-    lora = config.lora
+    problem = isolation_problem(llm) if config.turns == "isolated" else ""
+    if problem:
+        raise UsageError(
+            f"turns=isolated does not work with the LLM '{config.llm}'",
+            why=problem,
+            fix="set turns=causal, or choose another LLM",
+        )
+
+
+def set_trained(llm: Any, config: TrainConfig) -> list[str]:
+    """Put adapters into the LLM where they are wanted, and have trained what is to be; changes it in place.
+
+    Returns:
+        What the user should know of it, a line each.
+
+    Raises:
+        UsageError: `lora.targets` names no layer, or one that cannot have an adapter.
+    """
+    lora, left = config.lora, []
     if lora.r is not None:
-        add_adapters(llm, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        left = add_adapters(llm, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
     for name, parameter in llm.named_parameters():
         parameter.requires_grad_(not config.freeze_llm and (lora.r is None or is_adapter(name)))
+    return [f"no adapters for {', '.join(left)}, which are not linear layers: they stay as they are"] if left else []
 
 
 def _divide(vlm: VLM, config: TrainConfig, files: Mapping[str, Path] | None, world: World) -> None:

@@ -68,9 +68,11 @@ class Record:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps after which there is a whole checkpoint, ascending."""
-    matches = [(_STEP.fullmatch(child.name), child) for child in folder.glob("step-*")]
-    return sorted(int(match[1]) for match, child in matches if match and (child / ".metadata").exists())
+    """Steps after which there is a checkpoint, ascending.
+
+    A folder got its name when it was whole; whether it still is, `read_record` and `verify` find out.
+    """
+    return sorted(int(match[1]) for child in folder.glob("step-*") if (match := _STEP.fullmatch(child.name)))
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -117,9 +119,18 @@ def commit(partial: Path, record: Record, world: World, group: dist.ProcessGroup
     fields = {**asdict(record), "files": files}
     write_json(partial / RECORD, {**fields, "crc32c": _sum_of_fields(fields)})
     target = step_folder(partial.parent, record.step)
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        remove_checkpoint(target)
     partial.rename(target)
     sync_folder(target.parent)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint's folder; renamed first, as half of a checkpoint must not look like one."""
+    removed = path.with_suffix(".removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    path.rename(removed)
+    shutil.rmtree(removed)
 
 
 def read_record(folder: Path, step: int) -> Record:
@@ -169,9 +180,13 @@ def verify(folder: Path, record: Record, *, part: int = 0, of: int = 1) -> None:
 def load_checkpoint(folder: Path, step: int, vlm: VLM, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Fill model and optimiser with what they were after `step`; every process takes part.
 
+    The optimiser's moments are those of the checkpoint. Its settings (peak rates, decay, betas) stay as they are: they
+    follow from the configuration, which may have changed.
+
     Raises:
         CheckpointCorruptError: what is in it does not fit the model.
     """
+    settings = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
     state = _state(vlm, optimizer)
     _alone_is_meant()
     try:
@@ -185,6 +200,8 @@ def load_checkpoint(folder: Path, step: int, vlm: VLM, optimizer: torch.optim.Op
         optim_state_dict=state["optimizer"],
         options=_options(vlm, strict=False),
     )
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def read_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""How do conversations become a micro-batch? Token ids, learned positions, visual tokens; padded on the right.
+"""How do conversations become a micro-batch? Token ids, learned positions, visual tokens; padded or packed.
 
 Shapes: B rows, T positions of a row (visual and text), N visual tokens an image, D their width, U different images.
 """
@@ -71,8 +71,8 @@ class Collator:
         isolated: turns of a conversation do not see each other, and positions start again in each.
         by_answer: every answer weighs the same in the loss, however many tokens it has.
         max_text_tokens: longer texts are cut.
-        max_positions: text is cut where its position would reach this, for LLMs with a table of positions; None: no
-            limit.
+        max_positions: text is cut where its position would reach this, the LLM's context; None: no limit.
+        packed: rows share one, one after the other, instead of being padded; not with `isolated`.
     """
 
     def __init__(
@@ -85,7 +85,9 @@ class Collator:
         by_answer: bool,
         max_text_tokens: int,
         max_positions: int | None,
+        packed: bool = False,
     ) -> None:
+        assert not (isolated and packed)
         self.prompt = prompt
         self.reader = reader
         self.image_ids = image_ids
@@ -93,6 +95,7 @@ class Collator:
         self.by_answer = by_answer
         self.max_text_tokens = max_text_tokens
         self.max_positions = max_positions
+        self.packed = packed
 
     def rows(self, conversations: Sequence[Conversation]) -> list[Row]:
         """Conversations as rows, each as long as it is."""
@@ -115,31 +118,34 @@ class Collator:
         unique = list(dict.fromkeys(images))
         place_of = {image: place for place, image in enumerate(unique)}
         scales = self.reader.quantization
-        labels_BT = _pad([row.labels for row in rows], IGNORED)
+        laid_out = _join if self.packed else _pad
+        labels_BT = laid_out([row.labels for row in rows], IGNORED)
         learned_BT = labels_BT != IGNORED
-        turns_BT = _pad([row.turns for row in rows], PADDING_TURN)
-        weight_S = _answer_weights(turns_BT, learned_BT) if self.by_answer else None
+        turns_BT = _pad([row.turns for row in rows], PADDING_TURN) if self.isolated else None
+        positions_BT = laid_out([row.positions for row in rows], 0) if self.isolated or self.packed else None
+        weight_S = _answer_weights(rows) if self.by_answer else None
         predictor_S = np.flatnonzero(learned_BT) - 1  # the token before; labels never stand first in a row
         return MicroBatch(
             batch=Batch(
-                input_ids_BT=torch.from_numpy(_pad([row.ids for row in rows], 0)),
+                input_ids_BT=torch.from_numpy(laid_out([row.ids for row in rows], 0)),
                 visual_UND=torch.empty(0, self.reader.num_tokens, self.reader.shape.dim),
                 image_rows=torch.tensor([n for n, row in enumerate(rows) if row.image is not None]).long(),
                 image_of_row=torch.tensor([place_of[image] for image in images]).long(),
                 predictor_S=torch.from_numpy(predictor_S),
                 target_S=torch.from_numpy(labels_BT[learned_BT]),
                 weight_S=None if weight_S is None else torch.from_numpy(weight_S),
-                turn_BT=torch.from_numpy(turns_BT) if self.isolated else None,
-                position_BT=torch.from_numpy(_pad([row.positions for row in rows], 0)) if self.isolated else None,
+                turn_BT=None if turns_BT is None else torch.from_numpy(turns_BT),
+                position_BT=None if positions_BT is None else torch.from_numpy(positions_BT),
                 scale_D=None if scales is None else torch.from_numpy(scales.scale_D),
                 offset_D=None if scales is None else torch.from_numpy(scales.offset_D),
+                lengths=tuple(len(row.ids) for row in rows) if self.packed else None,
             ),
             images=unique,
             supervised=len(predictor_S),
             weight=len(predictor_S) if weight_S is None else float(weight_S.sum(dtype=np.float64)),
             tokens=sum(len(row.ids) for row in rows),
             truncated=sum(row.truncated for row in rows),
-            silent=int((~learned_BT.any(axis=1)).sum()),
+            silent=sum(bool((row.labels == IGNORED).all()) for row in rows),
         )
 
     def _row(self, encoded: EncodedConversation, image: str | None) -> Row:
@@ -163,8 +169,8 @@ class Collator:
         return Row(ids=ids, labels=labels, turns=turns, positions=positions, truncated=not fits.all(), image=image)
 
 
-def build_collator(plan: TrainPlan, prompt: Prompt, llm_config: Any) -> Collator:
-    """The collator of a run.
+def build_collator(plan: TrainPlan, prompt: Prompt, llm_config: Any, *, packed: bool = False) -> Collator:
+    """The collator of a run, whose LLM has packed attention if rows are to be packed.
 
     Raises:
         UsageError: visual tokens do not fit the LLM.
@@ -178,11 +184,13 @@ def build_collator(plan: TrainPlan, prompt: Prompt, llm_config: Any) -> Collator
         by_answer=config.loss_mean == "answers",
         max_text_tokens=config.max_text_tokens,
         max_positions=check_context(llm_config, plan.reader.num_tokens),
+        packed=packed,
     )
 
 
 def check_context(llm_config: Any, visual_tokens: int) -> int | None:
-    """The number of positions that an LLM with a table of positions has; None for rotary LLMs, which have no such end.
+    """The number of positions that an LLM was made for; None if it says none, or if it is rotary and has no room for
+    the visual tokens and a short text: it then has to do with positions that it does not know, which is said.
 
     Raises:
         UsageError: the table has no room for the visual tokens and a short text.
@@ -190,23 +198,22 @@ def check_context(llm_config: Any, visual_tokens: int) -> int | None:
     context = getattr(llm_config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return None
+    if visual_tokens + MIN_TEXT_POSITIONS <= context:
+        return int(context)
     if has_rotary_positions(llm_config.get_text_config()):
-        if visual_tokens >= context:
-            warn(f"{visual_tokens} visual tokens are more than the LLM's context of {context}")
+        warn(f"{visual_tokens} visual tokens and a text are more than the LLM's context of {context}: no text is cut")
         return None
-    if visual_tokens + MIN_TEXT_POSITIONS > context:
-        raise UsageError(
-            f"{visual_tokens} visual tokens do not fit the LLM",
-            why=f"it has a table of {context} positions, and text needs some of them",
-            fix="choose an LLM with a longer context, or a cache of a lower resolution",
-        )
-    return int(context)
+    raise UsageError(
+        f"{visual_tokens} visual tokens do not fit the LLM",
+        why=f"it has a table of {context} positions, and text needs some of them",
+        fix="choose an LLM with a longer context, or a cache of a lower resolution",
+    )
 
 
-def _answer_weights(turns_BT: Ints, learned_BT: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+def _answer_weights(rows: Sequence[Row]) -> npt.NDArray[np.float32]:
     """1 / the number of learned tokens of its answer, for each learned token, [S]."""
-    row_S, _ = np.nonzero(learned_BT)
-    answer_S = row_S * (turns_BT.max() + 1) + turns_BT[learned_BT]
+    turns = 1 + max(int(row.turns.max(initial=0)) for row in rows)
+    answer_S = np.concatenate([turns * n + row.turns[row.labels != IGNORED] for n, row in enumerate(rows)])
     _, index_S, length = np.unique(answer_S, return_inverse=True, return_counts=True)
     return (1 / length[index_S]).astype(np.float32)
 
@@ -217,3 +224,8 @@ def _pad(rows: Sequence[Ints], value: int) -> Ints:
     for padded_T, row in zip(padded_BT, rows, strict=True):
         padded_T[: len(row)] = row
     return padded_BT
+
+
+def _join(rows: Sequence[Ints], _value: int) -> Ints:
+    """Rows [T_b] -> [1, sum of T_b]."""
+    return np.concatenate(rows)[None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from vlmx.cache_specs.presets import Preset
     from vlmx.train.settings import TrainConfig
+
+SAYS_FIRST_S = 20.0
 
 EPILOG = """
 \b
@@ -110,7 +113,7 @@ def _list_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     metavar="PROFILE",
     help="paper: compute as the reference did where that is not what its description says; goes with any --config.",
 )
-@click.option("--dry-run", is_flag=True, help="Show batches, tokens, memory and time; train nothing, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show batches, tokens, memory and time; train nothing, write no run.")
 @click.option("--out", metavar="FOLDER", help="Run folder.  [default: runs/<cache>-<connector>-<data>]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out: same command again, or --out alone.")
 @click.option(
@@ -177,6 +180,10 @@ def train(
         if rank == 0 or error.exit_code not in (2, 3):  # those are the same on every process
             lines = [f"error (process {rank}): {error.what}", f"why: {error.why}", f"fix: {error.fix}"]
             note("\n  ".join(line for line in lines if not line.endswith(": ")))
+        else:
+            time.sleep(
+                SAYS_FIRST_S
+            )  # as soon as one process ends torchrun ends all, and the first has to say it before
         exit_now(error.exit_code)
     if rank == 0:
         click.echo(folder)
@@ -271,12 +278,15 @@ def _preview(
     from vlmx.train.plan import make_plan
     from vlmx.train.preview import preview, show
     from vlmx.train.rows import require_row
+    from vlmx.train.survey import require_learnable
 
     plan = make_plan(config, caches=caches, world_size=world_size, pull=pull)
     if row is not None:
         require_row(plan, row)
     if rank == 0:
-        show(preview(plan, world_size), plan, world_size)
+        seen = preview(plan, world_size)
+        show(seen, plan, world_size)
+        require_learnable(seen.survey, config)
 
 
 def _run(
@@ -295,6 +305,7 @@ def _run(
     from vlmx.train.resume import require_same
     from vlmx.train.rows import require_row
     from vlmx.train.stopping import Stopped
+    from vlmx.train.survey import survey_before_start
     from vlmx.train.trackers import require_trackers
     from vlmx.train.watch import watched
 
@@ -308,11 +319,13 @@ def _run(
         folder = Path("runs") / f"{plan.reader.name}-{plan.config.connector}-{Path(plan.config.data).stem}"
         if _is_finished(folder, resume):
             return folder
+    changes = None
     if resume and (folder / "status.json").exists():
-        require_same(RunFolder(folder), plan.config, anyway=resume_anyway)
+        changes = require_same(RunFolder(folder), plan.config, anyway=resume_anyway)
+    survey_before_start(plan, reports=int(os.environ.get("RANK", "0")) == 0)
     world = join()
     try:
-        train_run(plan, folder, world, resume=resume)
+        train_run(plan, folder, world, resume=resume, changes=changes)
     except Stopped as stopped:
         if world.first:
             note(f"{stopped.what}; {stopped.fix}")

@@ -120,7 +120,8 @@ class Feed:
         config, conversations = self.plan.config, self.plan.conversations
         if config.micro_tokens is not None:
             rows = self.collator.rows([conversations[i] for i in batch])
-            division = plan_micro_batches([len(row.ids) for row in rows], self.world, config.micro_tokens)
+            lengths = [len(row.ids) for row in rows]
+            division = plan_micro_batches(lengths, self.world, config.micro_tokens, packed=self.collator.packed)
             return [[rows[i] for i in part] for part in division[self.rank]]
         share = rank_share(
             batch, rank=self.rank, world=self.world, micro_batch=self.plan.micro_batch, order=config.order

@@ -28,6 +28,7 @@ from vlmx.train.checkpoints import (
     commit,
     load_checkpoint,
     read_record,
+    remove_checkpoint,
     saved_steps,
     start_writing,
     step_folder,
@@ -196,10 +197,8 @@ class Keeper:
         steps = saved_steps(self.folder)
         kept = {*steps[-self.config.keep :], *self._best(steps)}
         for step in steps:
-            if step not in kept:  # renamed first: half of a checkpoint must not look like one
-                removed = step_folder(self.folder, step).with_suffix(".removed")
-                step_folder(self.folder, step).rename(removed)
-                shutil.rmtree(removed)
+            if step not in kept:
+                remove_checkpoint(step_folder(self.folder, step))
 
     def _best(self, steps: Sequence[int]) -> list[int]:
         return best_steps(self.folder, steps)[: self.config.keep_best]

@@ -9,26 +9,30 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vlmx.console import note, progress, warn
-from vlmx.errors import VlmxError
+from vlmx.errors import OutOfSpaceError
 from vlmx.models.folder import card_to_dict, save_model
 from vlmx.models.prompts import Prompt
 from vlmx.models.vlm import VLM
 from vlmx.runs import RunFolder, write_atomic
-from vlmx.train.assemble import assemble
+from vlmx.train.assemble import Trainee, assemble
 from vlmx.train.collate import build_collator
 from vlmx.train.feed import Feed, Step
 from vlmx.train.keeper import Keeper
 from vlmx.train.meter import Alarm, Meter
-from vlmx.train.optim import build_optimizer, lr_factor, set_learning_rates
+from vlmx.train.optim import build_optimizer, learning_rate, lr_factor, set_learning_rates
 from vlmx.train.parallel import World, full_weights
 from vlmx.train.plan import TrainPlan
+from vlmx.train.remarks import remarks
+from vlmx.train.resume import Changes
+from vlmx.train.sampler import repeats
+from vlmx.train.session import Session, session
 from vlmx.train.step import train_step
 from vlmx.train.stopping import Stop, Stopped
 from vlmx.train.trackers import open_trackers
 from vlmx.train.watch import CollapseAlarm, Watch
 
 
-def train(plan: TrainPlan, out: Path, world: World, *, resume: bool) -> RunFolder:
+def train(plan: TrainPlan, out: Path, world: World, *, resume: bool, changes: Changes | None = None) -> RunFolder:
     """Train, and leave a run folder with `model/` in it.
 
     Args:
@@ -36,42 +40,40 @@ def train(plan: TrainPlan, out: Path, world: World, *, resume: bool) -> RunFolde
         out: the run folder.
         world: the processes that train together; each of them calls this.
         resume: go on from the newest whole checkpoint of `out`, or from the start if it has none.
+        changes: of the run's configuration, which were insisted on; they are recorded.
 
     Raises:
         WeightsError: the LLM cannot be loaded.
         UsageError: prompt format, LLM and visual tokens do not go together.
-        RunError: the loss or the gradient is not finite, or the loss has exploded.
+        RunError: the loss or the gradient is not finite, or the loss has exploded; another process trains in `out`, it
+            is something else than a run, or a run with other data.
         CheckpointCorruptError: it cannot be resumed, as all its checkpoints are damaged.
         Stopped: SIGINT or SIGTERM came; there is a checkpoint of the last step.
         CacheCorruptError: tokens are damaged.
         OutOfSpaceError: the disk is full, at the end or when asked to stop; before that it is only reported.
     """
     run = RunFolder(out)
-    if world.first:
-        RunFolder.create(out, kind="train", config=plan.config.model_dump(mode="json"))
-    try:
-        _train(plan, run, world, resume=resume)
-    except (VlmxError, KeyboardInterrupt) as error:
-        if world.first:
-            state = "interrupted" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"
-            run.set_status(state, error=str(error))  # type: ignore[arg-type]  # one of two literals
-        raise
+    with session(plan, run, world, resume=resume, changes=changes) as this:
+        _train(plan, run, world, this, resume=resume)
+    world.barrier()
     return run
 
 
-def _train(plan: TrainPlan, run: RunFolder, world: World, *, resume: bool) -> None:
-    config, started_s = plan.config, time.perf_counter()
+def _train(plan: TrainPlan, run: RunFolder, world: World, this: Session, *, resume: bool) -> None:
+    config = plan.config
     watch = Watch(config, plan.reader) if config.watch.benchmarks else None
     trainee = assemble(plan, world)
     vlm, prompt, card = trainee.vlm, trainee.prompt, trainee.card
     optimizer = build_optimizer(vlm, config.optim, trainee.decaying)
-    feed = Feed(plan, build_collator(plan, prompt, vlm.llm.config), rank=world.rank, world=world.size)
+    collator = build_collator(plan, prompt, vlm.llm.config, packed=trainee.packing.on)
+    feed = Feed(plan, collator, rank=world.rank, world=world.size)
     keeper = Keeper(run.path / "checkpoints", config.checkpoint, card_to_dict(card), world)
     restored = keeper.restore(vlm, optimizer) if resume else None
-    start = restored.step if restored else 0
+    start = this.start = this.done = restored.step if restored else 0
     alarm, collapse = Alarm(config.watch, restored.losses if restored else ()), CollapseAlarm()
     if world.first:
-        _announce(plan, run, feed, prompt, world, start, resume=resume)
+        notes = [*plan.notes, *remarks(config, vlm.llm.config, world)]
+        _announce(plan, run, trainee, world, start, notes, resume=resume)
     counts = Counter(restored.counts if restored and world.first else {})
     vlm.train()
     with ExitStack() as stack:
@@ -82,13 +84,13 @@ def _train(plan: TrainPlan, run: RunFolder, world: World, *, resume: bool) -> No
             if meter is not None:
                 meter.waited()
             done = step.index + 1
-            factor = lr_factor(step.index, plan.total_steps, config.optim.warmup_ratio)
-            set_learning_rates(optimizer, factor)
+            set_learning_rates(optimizer, lr_factor(step.index, plan.total_steps, config.optim.warmup_ratio))
             result = train_step(vlm, optimizer, step, plan, world)
+            this.done = done
             alarm.check(done, result.loss, step.example_ids)
             counts.update(_counts(step))
             if meter is not None:
-                meter.trained(done, result, factor * config.optim.lr)
+                meter.trained(done, result, learning_rate(optimizer))
             if config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0:
                 accuracy = _look(watch, collapse, done, vlm, prompt, plan, world, meter) if watch else None
                 keeper.save(done, vlm, optimizer, losses=alarm.losses, accuracy=accuracy, counts=_totals(counts, world))
@@ -105,32 +107,28 @@ def _train(plan: TrainPlan, run: RunFolder, world: World, *, resume: bool) -> No
     if world.first:
         save_model(run.path / "model", vlm, trainee.tokenizer, card, weights=weights)
         _warn_counts(totals["truncated"], totals["silent"], config.max_text_tokens)
-        run.set_status(
-            "done",
-            ended=time.strftime("%Y-%m-%dT%H:%M:%S"),
-            seconds=round(time.perf_counter() - started_s, 1),
-            steps=plan.total_steps,
-            conversations_truncated=totals["truncated"],
-            conversations_without_learned_tokens=totals["silent"],
-            checkpoints_not_written=keeper.failed_steps,
-        )
-    world.barrier()
+        this.found = {
+            "steps": plan.total_steps,
+            "conversations_truncated": totals["truncated"],
+            "conversations_without_learned_tokens": totals["silent"],
+            "checkpoints_not_written": keeper.failed_steps,
+            "metrics_not_written": meter.lines_lost if meter else 0,
+        }
 
 
 def _meter(plan: TrainPlan, run: RunFolder, start: int, stack: ExitStack) -> Meter:
     """What reports the steps, in the one process that does; closed with the stack."""
-    sinks = open_trackers(plan.config.log_to, run, start=start)
-    for sink in sinks:
-        stack.callback(sink.close)
     bar = stack.enter_context(progress(f"train {run.name}", plan.total_steps - start, "steps"))
-    return Meter(
+    meter = Meter(
         run,
         bar,
-        sinks,
+        open_trackers(plan.config.log_to, run, start=start),
         log_every=plan.config.log_every,
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=plan.total_steps,
     )
+    stack.callback(meter.close)
+    return meter
 
 
 def _look(
@@ -154,36 +152,40 @@ def _look(
         note(f"after step {done}: " + ", ".join(f"{name} {value:.1%}" for name, value in held_out.items()))
         if said is not None:
             warn(said)
-            meter.run.set_status("running", collapse=said)
+            try:
+                meter.run.set_status("running", collapse=said)
+            except OutOfSpaceError as error:
+                warn(f"{error.what}: the alarm is not recorded")
     return seen.mean
 
 
 def _announce(
-    plan: TrainPlan, run: RunFolder, feed: Feed, prompt: Prompt, world: World, start: int, *, resume: bool
+    plan: TrainPlan, run: RunFolder, trainee: Trainee, world: World, start: int, notes: list[str], *, resume: bool
 ) -> None:
     config = plan.config
-    repeats = plan.steps_per_epoch * config.global_batch - len(plan.conversations)
+    repeated = repeats(plan.conversations, config.global_batch, config.order)
     note(
         f"{len(plan.conversations):,} conversations, {plan.steps_per_epoch:,} steps an epoch"
-        f" ({repeats} conversations are seen twice to complete batches), prompt {prompt.name}, turns {config.turns},"
+        + (f" ({repeated.text})" if repeated.text else "")
+        + f", prompt {trainee.prompt.name}, turns {config.turns}, {trainee.packing.text},"
         f" {world.size} process{'es' if world.size > 1 else ''}, {config.precision} on {world.device.type}"
     )
-    for line in plan.notes:
+    for line in notes:
         warn(line)
+    lines = [line for line in run.metrics() if line["step"] <= start]
     if start:
         note(f"going on after step {start}")
     elif resume and any(run.metrics()):
         note("there is no checkpoint yet: starting from the beginning")
-    lines = [line for line in run.metrics() if line["step"] <= start]
     write_atomic(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     run.set_status(
         "running",
-        prompt=prompt.name,
-        order_digest=feed.digest(),
-        fingerprint=plan.reader.spec.fingerprint,
-        repeated_conversations=repeats,
+        prompt=trainee.prompt.name,
+        packed=trainee.packing.on,
+        repeated_conversations=repeated.conversations,
+        most_often_seen=repeated.most,
         resumed_after_step=start,
-        notes=list(plan.notes),
+        notes=notes,
     )
 
 
@@ -202,6 +204,6 @@ def _totals(counts: Counter[str], world: World) -> dict[str, int]:
 
 def _warn_counts(truncated: int, silent: int, max_text_tokens: int) -> None:
     if truncated:
-        warn(f"{truncated} conversations were cut (max_text_tokens={max_text_tokens}, or the LLM's table of positions)")
+        warn(f"{truncated} conversations were cut (max_text_tokens={max_text_tokens}, or the LLM's context)")
     if silent:
         warn(f"{silent} conversations had no token to learn from")

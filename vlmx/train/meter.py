@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmx.console import Progress, format_bytes
-from vlmx.errors import RunError
+from vlmx.console import Progress, format_bytes, warn
+from vlmx.errors import OutOfSpaceError, RunError
 from vlmx.runs import RunFolder
 from vlmx.train.settings import WatchConfig
 from vlmx.train.trackers import Sink
@@ -79,6 +79,9 @@ class Alarm:
 class Meter:
     """Where the time of a run goes, for the process that reports.
 
+    Attributes:
+        lines_lost: lines that metrics.jsonl had no room for.
+
     Args:
         run: metrics.jsonl of this run gets a line every `log_every` steps.
         bar: shows every step.
@@ -98,12 +101,13 @@ class Meter:
     ) -> None:
         self.run = run
         self.bar = bar
-        self.sinks = sinks
+        self.sinks = list(sinks)
         self.log_every = log_every
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
         self.wait_s = 0.0
         self.tokens = 0
+        self.lines_lost = 0
         self.window_start_s = self.mark_s = time.perf_counter()
 
     def restart(self) -> None:
@@ -141,10 +145,27 @@ class Meter:
             self.wait_s, self.tokens, self.window_start_s = 0.0, 0, now_s
 
     def log(self, step: int, **numbers: float) -> None:
-        """A line of metrics of a step."""
-        self.run.log(step=step, **numbers)
+        """A line of metrics of a step. No training ends because there is no room for one."""
+        try:
+            self.run.log(step=step, **numbers)
+        except OutOfSpaceError as error:
+            if not self.lines_lost:
+                warn(f"{error.what}, the metrics of step {step}: the training goes on without")
+            self.lines_lost += 1
+        for sink in tuple(self.sinks):
+            try:
+                sink.log(step, numbers)
+            except OSError as error:
+                warn(f"{type(sink).__name__.strip('_')} takes no more metrics ({error}): the training goes on without")
+                self.sinks.remove(sink)
+
+    def close(self) -> None:
+        """Close what metrics went to."""
         for sink in self.sinks:
-            sink.log(step, numbers)
+            try:
+                sink.close()
+            except OSError as error:
+                warn(f"{type(sink).__name__.strip('_')} could not write its last metrics ({error})")
 
 
 def peak_memory_bytes() -> int:

@@ -64,6 +64,11 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The present rate of the LLM, or of the connector where only that learns."""
+    return float(optimizer.param_groups[-1]["lr"])  # the connector's parameters come first
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, distributed: bool) -> float:
     """Scale gradients down to a global norm of `max_norm` and return the norm before.
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from vlmx.models.adapters import merged
+from vlmx.models.adapters import merged, transposed_layers
 from vlmx.models.vlm import VLM
 from vlmx.train.settings import LoraConfig, Precision
 
@@ -117,7 +117,9 @@ def full_weights(vlm: VLM, world: World, lora: LoraConfig) -> Mapping[str, Tenso
         weights: Mapping[str, Any] = get_model_state_dict(vlm, options=options)
     else:
         weights = {key: value.cpu() for key, value in vlm.state_dict().items()}
-    return weights if lora.r is None else merged(weights, r=lora.r, alpha=lora.alpha)
+    if lora.r is None or not world.first:
+        return weights
+    return merged(weights, r=lora.r, alpha=lora.alpha, transposed=transposed_layers(vlm))
 
 
 def leave(world: World) -> None:

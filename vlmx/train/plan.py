@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from vlmx.cache_specs.places import Place, place_of
 from vlmx.cache_specs.reader import open_cache
 from vlmx.cache_specs.streams import NO_CACHE, open_stream
 from vlmx.cache_specs.token_source import DEFAULT_ROOT, TokenSource, extract_commands
+from vlmx.data.llava665k import SourceCount, check_mixture
 from vlmx.data.mixtures import Mixture, load_mixture
 from vlmx.data.records import Conversation
 from vlmx.errors import CacheError, DataError, UsageError
@@ -34,6 +37,7 @@ class TrainPlan:
         total_steps: optimiser steps of the whole run.
         micro_batch: conversations at once in one process.
         notes: what was left out and why, and an untrained encoder, for the user.
+        sources: how much of each part of the published LLaVA-1.5 mixture the data have; none if they are others.
     """
 
     config: TrainConfig
@@ -44,6 +48,7 @@ class TrainPlan:
     total_steps: int
     micro_batch: int
     notes: tuple[str, ...]
+    sources: tuple[SourceCount, ...] = ()
 
 
 def make_plan(
@@ -79,6 +84,7 @@ def make_plan(
         epoch_batches(
             conversations, seed=config.seed, epoch=0, global_batch=config.global_batch, order="paper", world=world_size
         )
+    mixed = check_mixture(mixture.conversations)
     steps_per_epoch = steps_an_epoch(conversations, config.global_batch, config.order)
     return TrainPlan(
         config=config.model_copy(update={"cache": name}),
@@ -89,6 +95,7 @@ def make_plan(
         total_steps=config.max_steps or steps_per_epoch * config.epochs,
         micro_batch=micro_batch,
         notes=(*mixture.notes, *dropped, *_untrained(reader)),
+        sources=mixed.sources if mixed else (),
     )
 
 
@@ -183,9 +190,9 @@ def _with_images(
     unknown = [key for key in keys if key not in table]
     if unknown:
         raise CacheError(
-            f"{len(unknown)} of {len(keys)} images of '{config.data}' "
+            f"{len(unknown):,} of {len(keys):,} images of '{config.data}' "
             + ("were never extracted" if reader.parts else "are not among those to encode"),
-            why=f"the first are {', '.join(unknown[:SHOWN])}",
+            why=f"{_by_folder(unknown)}the first are {', '.join(unknown[:SHOWN])}",
             fix=f"{commands} adds them, and encodes nothing twice" if reader.parts else commands,
         )
     broken = table.failed()
@@ -197,3 +204,13 @@ def _with_images(
     lost = [key for key in keys if key in broken]
     note = f"{len(conversations) - len(usable)} conversations are left out: {len(lost)} images could not be decoded"
     return usable, image_ids, (f"{note}, e.g. {lost[0]} ({broken[lost[0]]})",)
+
+
+def _by_folder(keys: Sequence[str]) -> str:
+    """How many images are in each folder, the fullest ones first; empty if they are all in one."""
+    counts = Counter(key.rpartition("/")[0] for key in keys).most_common()
+    if len(counts) == 1:
+        return ""
+    shown = [f"{count:,} in {folder or 'no folder'}" for folder, count in counts[:SHOWN]]
+    rest = [f"{sum(count for _, count in counts[SHOWN:]):,} in {len(counts) - SHOWN} others"] if counts[SHOWN:] else []
+    return f"{', '.join(shown + rest)}; "

@@ -1,6 +1,7 @@
-"""What would a training do, how much memory and time does it want? `vlmx train --dry-run`: nothing is written.
+"""What would a training do, how much memory and time does it want? `vlmx train --dry-run`: no run is written.
 
-Steps and batches are exact. Tokens are counted on steps spread over the run. Memory is an estimate from shapes, for
+Steps and batches are exact. Tokens are counted on steps spread over the run, the largest micro-batch is looked for in
+the steps with the most text. Memory is an estimate from shapes, for
 LLMs of Llama's build; time is that of one measured step, where that takes seconds.
 """
 
@@ -10,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from vlmx.console import format_bytes, format_seconds, note, table, warn
@@ -17,21 +19,23 @@ from vlmx.models.connectors import build_connector
 from vlmx.models.llm import is_mini
 from vlmx.models.llm_parts import llm_without_weights
 from vlmx.models.prompts import choose_prompt
-from vlmx.train.assemble import assemble, set_trained
+from vlmx.train.assemble import assemble, require_fit, set_trained
 from vlmx.train.collate import build_collator
 from vlmx.train.feed import Feed, Step
 from vlmx.train.optim import build_optimizer, set_learning_rates
+from vlmx.train.packing import Packing, choose_packing
 from vlmx.train.parallel import World
 from vlmx.train.plan import TrainPlan
 from vlmx.train.step import train_step
+from vlmx.train.survey import Survey, survey
 
-BATCHES_SHOWN, IDS_SHOWN, STEPS_COUNTED = 3, 6, 16
+BATCHES_SHOWN, IDS_SHOWN, STEPS_COUNTED, DEAREST = 3, 6, 16, 2
 CHEAP_FLOPS = {"cpu": 1e12, "cuda": 1e14}  # seconds of work
 STATE_BYTES = 16  # of a trained parameter in float32: itself, its gradient, two moments
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class ModelSizes:
     """Numbers of an LLM that its memory follows from: parameters trained, frozen, of the dearest unit; and shapes."""
 
     trained: int
@@ -53,9 +57,12 @@ class Preview:
         first_batches: example ids of the first steps.
         tokens, supervised, padded: of a mean step, over all processes: real ones, learned ones, computed ones.
         sizes: of the model.
-        rows, positions, learned: of the largest micro-batch among the counted steps.
+        rows, positions, learned: of the largest micro-batch of all steps; packed rows share the positions.
+        packing: whether rows are packed.
         state_bytes, gathered_bytes, activation_bytes: memory of one process.
         step_s: seconds of a mean step; None: not measured.
+        survey: conversations that are cut, or have nothing to learn.
+        notes: what is unusual about the LLM and its prompts.
     """
 
     digest: str
@@ -63,14 +70,17 @@ class Preview:
     tokens: float
     supervised: float
     padded: float
-    sizes: Sizes
+    sizes: ModelSizes
     rows: int
     positions: int
     learned: int
+    packing: Packing
     state_bytes: float
     gathered_bytes: float
     activation_bytes: float
     step_s: float | None
+    survey: Survey
+    notes: tuple[str, ...]
 
 
 def preview(plan: TrainPlan, world_size: int) -> Preview:
@@ -87,14 +97,17 @@ def preview(plan: TrainPlan, world_size: int) -> Preview:
     config = plan.config
     llm, tokenizer = llm_without_weights(config.llm)
     prompt = choose_prompt(config.prompt, tokenizer, mini_llm=is_mini(config.llm))
-    collator = build_collator(plan, prompt, llm.config)
+    packing = choose_packing(config, llm.config, _device())
+    collator = build_collator(plan, prompt, llm.config, packed=packing.on)
     feeds = [Feed(plan, collator, rank=rank, world=world_size) for rank in range(world_size)]
     every = max(1, plan.total_steps // STEPS_COUNTED)
     counted = [[feed.draft(index) for feed in feeds] for index in range(0, plan.total_steps, every)]
     parts = [micro for step in counted for share in step for micro in share.micro_batches]
-    largest = max(parts, key=lambda micro: micro.batch.input_ids_BT.numel())
-    rows, positions = largest.batch.input_ids_BT.shape
-    learned = max(micro.supervised for micro in parts)
+    dear = [micro for index in dearest_steps(feeds[0]) for feed in feeds for micro in feed.draft(index).micro_batches]
+    largest = max((micro.batch for micro in parts + dear), key=lambda batch: batch.input_ids_BT.numel())
+    learned = max(micro.supervised for micro in parts + dear)
+    require_fit(llm, config)
+    notes = set_trained(llm, config)
     sizes = _sizes(plan, llm)
     first = [_ids(feeds[0].draft(index)) for index in range(min(BATCHES_SHOWN, plan.total_steps))]
     padded = sum(micro.batch.input_ids_BT.numel() for micro in parts) / len(counted)
@@ -105,38 +118,68 @@ def preview(plan: TrainPlan, world_size: int) -> Preview:
         supervised=sum(micro.supervised for micro in parts) / len(counted),
         padded=padded,
         sizes=sizes,
-        rows=rows,
-        positions=positions,
+        rows=len(largest.lengths or largest.input_ids_BT),
+        positions=largest.input_ids_BT.shape[1],
+        packing=packing,
         learned=learned,
         state_bytes=(STATE_BYTES * sizes.trained + 4 * sizes.frozen) / world_size,
         gathered_bytes=0 if world_size == 1 else 2 * sizes.largest_unit * (2 if config.precision == "bf16" else 4),
         activation_bytes=activation_bytes(
             sizes,
-            tokens=rows * positions,
+            tokens=largest.input_ids_BT.numel(),
             learned=learned,
             half=config.precision == "bf16",
             recompute=config.activation_checkpointing,
         ),
         step_s=_measured_step_s(plan, sizes, padded) if world_size == 1 else None,
+        survey=survey(plan, collator),
+        notes=(*prompt.notes, *notes),
     )
+
+
+def dearest_steps(feed: Feed) -> list[int]:
+    """The steps of the first epoch that have the longest conversations or the most text, those with images and those
+    without: the largest micro-batch is among theirs, unless words and tokens go far apart.
+    """
+    words_SB = feed.sizes.words[feed.batches_of(0)[: feed.plan.total_steps]]
+    image_S = feed.sizes.has_image[feed.batches_of(0)[: feed.plan.total_steps]].any(axis=1)
+    found: set[int] = set()
+    for of_kind_S in (image_S, ~image_S):
+        for words_S in (words_SB.max(axis=1), words_SB.sum(axis=1)):
+            steps = np.flatnonzero(of_kind_S)
+            found.update(steps[np.argsort(-words_S[steps], kind="stable")[:DEAREST]].tolist())
+    return sorted(found)
 
 
 def show(seen: Preview, plan: TrainPlan, world_size: int) -> None:
     """Print a preview for people."""
     config = plan.config
-    for line in plan.notes:
+    for line in (*plan.notes, *seen.notes):
         warn(line)
+    if plan.sources:
+        rows = [[s.folder, f"{s.found:,}", f"{s.published:,}", ", ".join(s.data_sets)] for s in plan.sources]
+        table(["images in", "found", "published", "data sets"], rows, title="the LLaVA-1.5 mixture, conversations")
+    alone = sum(conversation.image is None for conversation in plan.conversations)
     total = seen.state_bytes + seen.gathered_bytes + seen.activation_bytes
     table(
         ["", ""],
         [
-            ["conversations", f"{len(plan.conversations):,}"],
+            [
+                "conversations",
+                f"{len(plan.conversations):,}: {len(plan.conversations) - alone:,} about"
+                f" {len(plan.image_ids):,} images, {alone:,} text only",
+            ],
+            ["of these", seen.survey.text],
             ["steps", f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch of {config.global_batch} a step)"],
             ["batch order", f"{config.order}, digest {seen.digest}"],
             ["tokens of a step", f"{seen.tokens:,.0f}, {seen.supervised:,.0f} of them learned"],
             ["tokens of the run", f"about {seen.tokens * plan.total_steps:,.0f}"],
             ["padding", f"{seen.padded / seen.tokens - 1:.0%} more are computed"],
-            ["largest micro-batch", f"{seen.rows} rows of {seen.positions} positions, {seen.learned} learned"],
+            [
+                "largest micro-batch",
+                f"{seen.rows} rows {'in' if seen.packing.on else 'of'} {seen.positions} positions,"
+                f" {seen.learned} learned; {seen.packing.text}",
+            ],
             ["parameters", f"{seen.sizes.trained:,} trained, {seen.sizes.frozen:,} frozen"],
             [
                 "memory of a process",
@@ -153,7 +196,7 @@ def show(seen: Preview, plan: TrainPlan, world_size: int) -> None:
         note(f"step {number}: {', '.join(ids[:IDS_SHOWN])}{rest}")
 
 
-def activation_bytes(sizes: Sizes, *, tokens: int, learned: int, half: bool, recompute: bool) -> float:
+def activation_bytes(sizes: ModelSizes, *, tokens: int, learned: int, half: bool, recompute: bool) -> float:
     """Memory that the backward pass of one micro-batch needs beside the weights, estimated.
 
     A layer of Llama's build keeps four tensors of its inner width and eight of its own, in bfloat16 half of these are
@@ -173,18 +216,17 @@ def activation_bytes(sizes: Sizes, *, tokens: int, learned: int, half: bool, rec
     return float(tokens * stacked + 12 * learned * sizes.vocabulary)
 
 
-def _sizes(plan: TrainPlan, llm: Any) -> Sizes:
+def _sizes(plan: TrainPlan, llm: Any) -> ModelSizes:
     text = llm.config.get_text_config()
     width = llm.get_input_embeddings().embedding_dim
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or width // heads
     connector = build_connector(plan.config.connector, plan.reader.shape.dim, width)
     in_connector = sum(p.numel() for p in connector.parameters())
-    set_trained(llm, plan.config)
     whole = sum(p.numel() for p in llm.parameters())
     trained = sum(p.numel() for p in llm.parameters() if p.requires_grad)
     ends = sum(p.numel() for module in _ends(llm) for p in module.parameters())
-    return Sizes(
+    return ModelSizes(
         trained=trained + in_connector,
         frozen=whole - trained,
         largest_unit=max(ends + in_connector, (whole - ends) // text.num_hidden_layers),
@@ -202,18 +244,19 @@ def _ends(llm: Any) -> list[Any]:
     return [embedding] if head.weight is embedding.weight else [embedding, head]
 
 
-def _measured_step_s(plan: TrainPlan, sizes: Sizes, padded: float) -> float | None:
+def _measured_step_s(plan: TrainPlan, sizes: ModelSizes, padded: float) -> float | None:
     """Seconds of a mean step in this process; None where a step is too dear to be tried."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     recomputed = 4 / 3 if plan.config.activation_checkpointing else 1
     if 6 * (sizes.trained + sizes.frozen) * padded * recomputed > CHEAP_FLOPS[device.type]:
         return None
     world = World(rank=0, size=1, device=device, distributed=False)
-    trainee = assemble(plan, world)
+    trainee = assemble(plan, world, reports=False)
     optimizer = build_optimizer(trainee.vlm, plan.config.optim, trainee.decaying)
     set_learning_rates(optimizer, 0.0)
     trainee.vlm.train()
-    feed = Feed(plan, build_collator(plan, trainee.prompt, trainee.vlm.llm.config), rank=0, world=1)
+    collator = build_collator(plan, trainee.prompt, trainee.vlm.llm.config, packed=trainee.packing.on)
+    feed = Feed(plan, collator, rank=0, world=1)
     steps = feed.steps(max(0, plan.total_steps - 2))
     taken_s = computed = 0.0
     for step in steps:  # the first one also allocates; the last one counts
@@ -222,6 +265,10 @@ def _measured_step_s(plan: TrainPlan, sizes: Sizes, padded: float) -> float | No
         taken_s = time.perf_counter() - begin_s
         computed = sum(micro.batch.input_ids_BT.numel() for micro in step.micro_batches)
     return taken_s * padded / computed
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _time(seen: Preview, plan: TrainPlan) -> str:

@@ -2,9 +2,9 @@
 
 The order does not depend on the encoder, the connector, the resolution, or the number of processes. Examples with and
 without an image never share a batch; each kind is shuffled and cut into global batches; the last batch of a kind is
-completed with the first examples of that kind's order (so nothing is dropped, and up to one batch less one of each
-kind is seen twice an epoch); batches of both kinds are shuffled together. Within a batch, longer conversations come
-first, so that a micro-batch has little padding.
+completed from the start of that kind's order, so that nothing is dropped: up to one batch less one of each kind is seen
+twice an epoch, and a kind with less than half a batch of examples comes around several times. Batches of both kinds are
+shuffled together. Within a batch, longer conversations come first, so that a micro-batch has little padding.
 
 `order="paper"` gives the very batches of the reference, prismatic-vlms' SplitModalitySampler: the same rules, drawn
 from PyTorch's generator, and these besides. The batch with the longest example comes first. The examples of a batch
@@ -151,6 +151,41 @@ def steps_an_epoch(conversations: Sequence[Conversation], global_batch: int, ord
     if order == "paper":
         return sum(count + min(count, -count % global_batch) for count in counts) // global_batch
     return sum(-(-count // global_batch) for count in counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeats:
+    """What completing the last batch of each kind does to an epoch.
+
+    Attributes:
+        conversations: how many are seen more than once.
+        most: how often the one that is seen most often is.
+    """
+
+    conversations: int
+    most: int
+
+    @property
+    def text(self) -> str:
+        """For people; empty if none is repeated."""
+        if not self.conversations:
+            return ""
+        often = "twice" if self.most == 2 else f"more than once, up to {self.most} times,"
+        return f"{self.conversations:,} conversations are seen {often} to complete batches"
+
+
+def repeats(conversations: Sequence[Conversation], global_batch: int, order: BatchOrder = "default") -> Repeats:
+    """Count what `epoch_batches` repeats in an epoch."""
+    with_image = sum(c.image is not None for c in conversations)
+    repeated, most = 0, 1
+    for count in (with_image, len(conversations) - with_image):
+        missing = -count % global_batch
+        if order == "paper":
+            missing = min(missing, count)
+        repeated += min(missing, count)
+        if missing:
+            most = max(most, -(-(count + missing) // count))
+    return Repeats(conversations=repeated, most=most)
 
 
 def order_digest(conversations: Sequence[Conversation], batches: Indices) -> str:

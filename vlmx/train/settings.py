@@ -23,6 +23,7 @@ PRESETS = Path(__file__).parent / "configs"
 Turns = Literal["causal", "isolated"]
 Precision = Literal["fp32", "bf16"]
 LossMean = Literal["tokens", "answers", "microbatch"]
+Packed = bool | Literal["auto"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 PROFILES: Mapping[str, tuple[str, ...]] = {
@@ -32,6 +33,7 @@ PROFILES: Mapping[str, tuple[str, ...]] = {
         "order=paper",
         "rope=bf16",
         "reduce=bf16",
+        "packed=false",
     )
 }
 
@@ -89,6 +91,19 @@ class WatchConfig(Config):
         default=5.0, gt=1, description="stop when the loss stays above its median so many times; null: never"
     )
     explode_steps: int = Field(default=20, ge=1, description="for how many steps it has to stay there")
+    max_cut: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="do not start when a larger part of the conversations does not fit max_text_tokens (in LLaVA-1.5's"
+        " mixture up to 6 %, the text-only ones, are long)",
+    )
+    max_unlearned: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="do not start when a larger part of the conversations has no token to learn",
+    )
 
 
 class TrainConfig(Config):
@@ -113,7 +128,7 @@ class TrainConfig(Config):
     turns: Turns = Field(
         default="causal", description="causal: a turn sees the earlier ones; isolated: only image and itself"
     )
-    seed: int = Field(default=7, ge=0, description="of the batch order and of dropout")
+    seed: int = Field(default=7, ge=0, lt=2**63, description="of the batch order and of dropout")
     epochs: int = Field(default=1, ge=1, description="passes over the data")
     max_steps: int | None = Field(
         default=None, ge=1, description="stop after so many steps, the schedule included; null: all epochs"
@@ -126,11 +141,19 @@ class TrainConfig(Config):
     micro_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="instead of micro_batch: padded tokens at once in one process, at most, visual ones included;"
+        description="instead of micro_batch: tokens at once in one process, at most, visual ones and padding included;"
         " same loss, less padding",
     )
+    packed: Packed = Field(
+        default="auto",
+        description="put the rows of a micro-batch one after the other instead of padding them, same loss; auto: on a"
+        " GPU with a kernel for it",
+    )
     max_text_tokens: int = Field(
-        default=2048, ge=8, description="longer conversations are cut here; visual tokens not counted"
+        default=2048,
+        ge=8,
+        description="longer conversations are cut here, visual tokens not counted; and at the LLM's context, visual"
+        " tokens counted",
     )
     loss_mean: LossMean = Field(
         default="tokens",
@@ -142,7 +165,7 @@ class TrainConfig(Config):
         default="fp32", description="bf16: compute in bfloat16, weights and optimiser stay float32"
     )
     reduce: Precision = Field(
-        default="fp32", description="what processes add their gradients up in when precision is bf16"
+        default="fp32", description="what several processes add their gradients up in when precision is bf16"
     )
     rope: Precision = Field(
         default="fp32", description="of rotary positions; bf16: rounded, as transformers 4.38.1 did under autocast"
