@@ -180,3 +180,10 @@ def test_whatever_stands_in_a_file_only_our_errors_come_up(tmp_path: Path, path:
                     refused += 1
         container[key] = right
     assert refused > 20
+
+
+def test_pope_on_other_photos_is_refused(tmp_path: Path) -> None:
+    root = changed_root(tmp_path, RANDOM, lambda rows: rows[0].update(image="COCO_train2014_000000000009.jpg"))
+    with pytest.raises(DataError, match="is not the published file") as caught:
+        load_benchmark("pope", root=root)
+    assert "is no photo of COCO val2014" in caught.value.why

@@ -86,3 +86,9 @@ def test_completion_knows_names(tmp_path: Path, words: str, expected: str) -> No
 
 def test_completion_script_is_printed() -> None:
     assert "_VLMX_COMPLETE" in vlmx("completion", "bash").stdout
+
+
+def test_the_exit_code_of_a_command_is_that_of_the_process(tmp_path: Path) -> None:
+    done = vlmx("data", "check", "pope", "--data-root", str(tmp_path))
+    assert done.returncode == 3
+    assert "0 of 1 benchmarks are whole" in done.stdout

@@ -87,9 +87,9 @@ def main(args: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     try:
-        cli.main(args=arguments, prog_name="vlmx", standalone_mode=False)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        code = cli.main(args=arguments, prog_name="vlmx", standalone_mode=False)
+        if isinstance(code, int) and code:  # click hands over what a command has exited with
+            sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -40,7 +40,7 @@ def read_json_lines(path: Path) -> list[Any]:
         DataError: it is damaged.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
 

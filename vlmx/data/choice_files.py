@@ -40,7 +40,10 @@ def pope_images(paths: Sequence[Path]) -> list[str]:
 
 
 def _pope_key(row: Any) -> str:
-    return f"coco/val2014/{row['image']}"
+    image = text_of(row, "image")
+    if not image.startswith("COCO_val2014_"):
+        raise ValueError(f"'{image}' is no photo of COCO val2014")
+    return f"coco/val2014/{image}"
 
 
 def pope_questions(name: str, paths: Sequence[Path], wording: Wording) -> list[Question]:

@@ -158,7 +158,7 @@ def gqa_questions(name: str, paths: Sequence[Path], wording: Wording) -> list[Qu
             image=_gqa_key(row),
             prompt=short_answer(text_of(row, "question")),
             kind="text",
-            question_type=row.get("types", {}).get("structural", ONE_TYPE),
+            question_type=str(row.get("types", {}).get("structural", ONE_TYPE)),
             answers=(text_of(row, "answer"),),
         )
 
