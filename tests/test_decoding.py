@@ -62,7 +62,10 @@ def questions(seed, *, images=5, rows=14, common=3, longest=20):
     return visual_UND, [dice.randrange(images) for _ in range(rows)], prompts
 
 
-@pytest.mark.parametrize("name", LLMS)
+QUICK = ("llama", "table of positions", "alibi")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LLMS])
 def test_answers_are_those_of_each_question_alone(name):
     vlm = vlm_of(name)
     assert sharing_problem(vlm) == ""

@@ -139,6 +139,7 @@ def test_what_is_allowed_is_trained_on(world, tmp_path):
     assert RunFolder(tmp_path / "run").status["conversations_without_learned_tokens"] == 4
 
 
+@pytest.mark.slow
 def test_of_several_processes_the_first_one_says_what_is_wrong(world, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlmx"]
     command += ["train", *arguments(world, tmp_path / "run"), "max_text_tokens=8"]
