@@ -216,7 +216,6 @@ def test_people_are_seen_in_photos_that_were_held_out(run: RunFolder) -> None:
     assert score(run, "derived-presence")["baselines"]["prior"] == 50
     people, others = (score(run, "derived-presence", kind)["details"]["a person"] for kind in ("eval", "eval-shuffled"))
     assert people > max(65, others + 10)  # of 32; the other groups have 6 to 20, and fewer photos to learn from
-    assert score(run, "derived-count")["score"] > score(run, "derived-count", "eval-shuffled")["score"] + 10
 
 
 def test_answers_are_of_the_kind_that_was_asked_for(run: RunFolder) -> None:
