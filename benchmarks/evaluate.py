@@ -168,7 +168,7 @@ def measure_options() -> dict[str, float]:
 def measure_scoring() -> dict[str, float]:
     """Seconds of `vlmx score` on 214,354 answers to VQA-v2: reading both published files, checking, scoring."""
     from vlmx.data.benchmarks import load_benchmark
-    from vlmx.evaluate.score import score_run
+    from vlmx.evaluate.score_run import score_run
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"

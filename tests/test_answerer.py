@@ -153,3 +153,7 @@ def test_a_table_of_positions_that_is_too_short(tmp_path: Path) -> None:
     reader = open_cache(write(tmp_path))
     with pytest.raises(UsageError, match=r"needs \d+ positions, and the LLM has 64"):
         said(reader, questions(), llm=llm)
+    answerer = Answerer(saved_model(reader, llm), CPU)
+    answerer.check("b", groups_of(questions(), 4)[:0], 999)
+    with pytest.raises(UsageError, match=r"needs \d+ positions"):  # before anything is answered
+        answerer.check("b", groups_of(questions(), 4), reader.shape.num_tokens)

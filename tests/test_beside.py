@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from click.testing import CliRunner, Result
 from vlmx.data.benchmarks import load_benchmark
 from vlmx.data.records import Question
 from vlmx.errors import RunError, UnknownNameError, UsageError
+from vlmx.evaluate import beside
 from vlmx.evaluate.aggregate import LOC_QUESTIONS, VQA_QUESTIONS
 from vlmx.evaluate.answers import Answer, Header, answers_path
-from vlmx.evaluate.beside import PAPER_QUESTIONS, beside_paper
+from vlmx.evaluate.beside import PAPER_QUESTIONS, beside_paper, part_of
 from vlmx.evaluate.beside_run import Graded, beside_run
 from vlmx.evaluate.compare_command import compare as command
 from vlmx.evaluate.correlate_command import correlate
@@ -139,6 +141,21 @@ def test_a_run_that_collapsed_against_its_row() -> None:
     assert beside_paper(text.scores, text.grades, ROW).remark == ""
 
 
+@pytest.mark.parametrize(
+    ("n", "subset", "part"),
+    [
+        (8910, "", ""),
+        (1024, "slim", "1,024 of 8,910 (slim)"),
+        (9000, "", "9,000 of 8,910 published: another version"),
+        (8950, "limit 8,950", "8,950 of 8,910 published (limit 8,950): another version"),
+        (8910, "limit 8,910", "8,910 of 8,910 (limit 8,910)"),
+    ],
+)
+def test_more_questions_than_the_papers_are_marked_too(n: int, subset: str, part: str) -> None:
+    score = graded("run", {"pope": 60}).scores["pope"]
+    assert part_of(replace(score, n=n, expected=8910, partial=n < 8910, missing=0, subset=subset)) == part
+
+
 def test_two_runs_are_paired() -> None:
     first, second = graded("a", {"gqa": 60, "refcoco": 50, "pope": 80}), graded("b", {"refcoco": 40, "gqa": 60})
     found = beside_run(first, second)
@@ -157,7 +174,13 @@ def test_two_runs_are_paired() -> None:
 def test_marks_say_in_what_two_runs_differ() -> None:
     first, second = graded("a", {"refcoco": 60}, boxes="paper"), graded("b", {"refcoco": 60}, questions=200)
     marks = beside_run(first, second).lines[0].marks
-    assert marks == ("a: boxes paper", "b: boxes exact", "partial: 100 of 10,834", "prompts default")
+    assert marks == (
+        "a: partial: 100 of 10,834",
+        "a: boxes paper",
+        "b: partial: 100 of 10,834 (100 not answered yet)",
+        "b: boxes exact",
+        "prompts default",
+    )
 
 
 def test_the_alarm_names_the_run_whose_boxes_are_worse() -> None:
@@ -298,13 +321,24 @@ def test_the_same_run_twice_is_an_error(runs: dict[str, str]) -> None:
         run(runs["good"], runs["good"])
 
 
-def test_runs_and_rows_are_correlated_together(runs: dict[str, str]) -> None:
+def test_runs_and_rows_are_correlated_together(runs: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "PAPER_QUESTIONS", {})  # then the tiny files have all questions that there are
     arguments = [*runs.values(), "--published", "--columns", "gqa,loc,weighted_loc", "--json"]
     result = CliRunner().invoke(correlate, arguments, catch_exceptions=False, standalone_mode=False)
     found = json.loads(result.stdout)
     assert found["models"] == 102
     assert {pair["n"] for pair in found["pairs"]} == {102}
-    assert "good, refcoco: partial: 3 of 10,834" in result.stderr
+    assert "partial" not in result.stderr
+
+
+def test_parts_of_benchmarks_are_not_correlated_with_published_rows(runs: dict[str, str]) -> None:
+    arguments = [*runs.values(), "--published", "--columns", "gqa,loc,weighted_loc", "--json"]
+    result = CliRunner().invoke(correlate, arguments, catch_exceptions=False, standalone_mode=False)
+    assert json.loads(result.stdout)["models"] == 99
+    assert "good, refcoco: left out, partial: 3 of 10,834" in result.stderr
+
+
+def test_too_few_or_the_same_runs_are_not_correlated(runs: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="3 given, at least 4"):
         CliRunner().invoke(correlate, [*runs.values()], catch_exceptions=False, standalone_mode=False)
     with pytest.raises(UsageError, match="named twice"):

@@ -15,6 +15,7 @@ from vlmx.data.benchmarks import BENCHMARKS, expand, load_benchmark
 from vlmx.errors import CacheError, DataError, RunError, UsageError, VlmxError
 from vlmx.evaluate.answers import Answer, answers_path, read_answers
 from vlmx.evaluate.command import evaluate, score
+from vlmx.evaluate.many import Worker, worker_of
 from vlmx.evaluate.score import questions_of
 from vlmx.runs import RunFolder
 
@@ -199,6 +200,43 @@ def test_bad_answers(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(path.with_name("scores.json").read_text())["invalid"] >= 2
 
 
+def test_one_bad_benchmark_does_not_keep_the_others_from_being_scored(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(world, bench="gqa,pope,vqav2")
+    capsys.readouterr()
+    for name, line in (("gqa", '{"id": "1", "text": null}'), ("vqav2", "{")):
+        path = answers_path(RunFolder(world / "run"), name, "none")
+        path.write_text(path.read_text() + line + "\n")
+    scores = world / "run/eval/pope/scores.json"
+    scores.unlink()
+    with pytest.raises(RunError, match=r"vqav2/answers.jsonl is damaged.*line \d+ is not JSON"):
+        call(score, world / "run")
+    shown = capsys.readouterr()
+    assert "pope" in shown.out
+    assert "gqa" not in shown.out
+    assert "gqa/answers.jsonl is damaged" in shown.err
+    assert scores.exists()
+
+
+def test_places_among_several_processes(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert worker_of({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}) == Worker()
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
+    assert worker_of(torchrun) == Worker(index=5, count=8, local=1, launched=True)
+    for wrong in ({"RANK": "x"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "-1"}):
+        with pytest.raises(UsageError, match="gives this process no place"):
+            worker_of(wrong)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    ask(world, "--batch-size", "1", bench="gqa")
+    shown = capsys.readouterr()
+    assert "process 0 of 4 (RANK=0, WORLD_SIZE=4) has answered its share alone" in shown.err
+    assert "unset RANK and WORLD_SIZE" in shown.err
+    assert shown.out == ""
+
+
 def test_a_run_without_tokens_of_the_images_is_told_the_command(world: Path, tmp_path: Path) -> None:
     command = "vlmx extract --backbone vit-mini-scenes --res 64x64 --weights random:0 --data {} --out {}"
 
@@ -211,14 +249,17 @@ def test_a_run_without_tokens_of_the_images_is_told_the_command(world: Path, tmp
     caches.unlink()
     assert fix(bench="pope,gqa") == (
         f"there is no cache {_cache_name(world)} below {caches} / "
-        f"{command.format('pope', caches)} --data-root {world / 'data'} && "
-        f"{command.format('gqa', caches)} --data-root {world / 'data'}"
+        f"{command.format('pope,gqa', caches)} --data-root {world / 'data'}"
     )
     root, questions = world / "data", load_benchmark("pope", root=world / "data")
     images = list(dict.fromkeys(q.image for q in questions))
     extract_images(caches, [source_of("gqa", root, images[:1])])
     assert fix(bench="pope") == (
         f"the images of 'pope' have no tokens yet / {command.format('pope', caches)} --data-root {root}"
+    )
+    assert fix(bench="pope,gqa,vizwiz") == (
+        f"the images of 'pope' and 'vizwiz' have no tokens yet / {command.format('pope,vizwiz', caches)}"
+        f" --data-root {root}"
     )
     extract_images(caches, [source_of("pope", root, images[:1])])
     assert fix(bench="pope").startswith(
@@ -250,13 +291,27 @@ def test_a_table_without_tokens(world: Path) -> None:
     assert f"--data pope --data-root {root}" in caught.value.fix
 
 
-def test_options_need_single_tokens(world: Path) -> None:
+def test_options_of_several_tokens_are_asked_for_in_words(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_run(world / "plain", world / "caches", "pope", llm=world / "llm", prompt="plain")
     (world / "run").rename(world / "before")
     (world / "plain").rename(world / "run")
-    with pytest.raises(UsageError, match=r"options cannot be read.*'Yes' is 2 tokens"):
-        ask(world, bench="pope")
-    ask(world, bench="gqa")
+    ask(world, bench="gqa,pope")
+    shown = capsys.readouterr().err
+    assert shown.index("warning: pope: as an answer 'Yes' is 2 tokens") < shown.index("eval gqa")
+    assert {answer.probabilities for answer in answers_of(world, ["pope"])["pope"]} == {None}
+    details = json.loads((world / "run/eval/pope/scores.json").read_text())["details"]
+    assert "random_accuracy" in details
+    assert not any("auc" in name for name in details)
+
+
+def test_what_cannot_be_had_changes_nothing(world: Path) -> None:
+    ask(world, bench="pope,gqa")
+    before = files_of(world)
+    for options in (["--exact"], ["--dtype", "bf16", "--limit", "1"]):
+        with pytest.raises(CacheError, match="there is no cache"):
+            ask(world, *options, "--caches", world / "nowhere", bench="gqa,pope")
+        assert files_of(world) == before
+        assert sorted(each.name for each in (world / "run/eval/gqa").iterdir()) == ["answers.jsonl", "scores.json"]
 
 
 def test_a_model_without_numbers(world: Path) -> None:

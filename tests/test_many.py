@@ -157,6 +157,7 @@ def runs(root: Path, spec: CacheSpec) -> list[dict[str, object]]:
 
 def test_a_process_alone() -> None:
     assert worker_of({}) == Worker(part=Part())
+    assert worker_of({"RANK": "", "WORLD_SIZE": ""}) == Worker(part=Part())
 
 
 def test_a_rank_of_torchrun_on_the_second_machine() -> None:

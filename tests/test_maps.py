@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_files import make_data_root
 from click.testing import CliRunner, Result
 
 from vlmx.cache_specs.geometry import Geometry
@@ -12,13 +13,16 @@ from vlmx.cache_specs.ids import ImageEntry, ImageTable, image_id
 from vlmx.cache_specs.reader import open_cache
 from vlmx.cache_specs.spec import CacheSpec, TokenShape
 from vlmx.cache_specs.writer import CacheWriter
+from vlmx.data.benchmarks import load_benchmark
 from vlmx.data.mini.study import image_bytes_of
 from vlmx.errors import DataError, UsageError, VlmxError
 from vlmx.evaluate.answers import Answer, Header, answers_path, write_answers
+from vlmx.evaluate.correlate import Cell, Correlation
+from vlmx.evaluate.correlate_plot import heat_map
 from vlmx.evaluate.maps import cell_shares, check_box, region_map, similarity
 from vlmx.evaluate.maps_command import maps
-from vlmx.evaluate.maps_plot import pixels_of, scale_of
-from vlmx.evaluate.maps_region import find_image
+from vlmx.evaluate.maps_plot import Panel, draw_maps, pixels_of, save_figure, scale_of
+from vlmx.evaluate.maps_region import find_image, region_of_question
 from vlmx.evaluate.score import questions_of
 from vlmx.runs import RunFolder
 
@@ -144,6 +148,16 @@ def test_the_command_draws_caches_side_by_side(root: Path) -> None:
     assert (root / "out.svg").read_bytes() != first
 
 
+def test_dollar_signs_are_drawn_as_they_are_written(root: Path) -> None:
+    found = region_map(open_cache("rows", root / "caches"), WIDE, (0, 0, 128, 32), WIDE_WH)
+    text = r"the $^$ and \$ or $\frac$"
+    figure = draw_maps([Panel(title=text, region=found)], title=text)
+    assert save_figure(figure, ".png")[:4] == b"\x89PNG"
+    cells = {("$^$", "b"): Cell(r=0.5, interval95=(0.1, 0.9), n=9)}
+    heat = heat_map(Correlation(columns=("$^$", "b"), pairs=cells, models=9, interval="fisher"), title=text)
+    assert save_figure(heat, ".svg")[:5] == b"<?xml"
+
+
 @pytest.mark.parametrize("suffix", [".png", ".pdf"])
 def test_with_a_photo_in_other_formats(root: Path, suffix: str) -> None:
     photo, out = root / "photo.ppm", root / f"out{suffix}"
@@ -161,14 +175,11 @@ def test_photos_are_read_as_stored() -> None:
         pixels_of(b"no image", name="it")
 
 
-def make_run(root: Path, cache: str, text: str) -> RunFolder:
-    """A run that has answered one question about the scene, and another one elsewhere."""
-    run = RunFolder.create(root / "runs" / cache.partition("@")[0], kind="train", config={})
-    questions = questions_of("mini-ref-plain")
-    header = Header(
-        benchmark="mini-ref-plain",
+def header_of(benchmark: str, questions: int, cache: str, data_root: str = "") -> Header:
+    return Header(
+        benchmark=benchmark,
         control="none",
-        questions=len(questions),
+        questions=questions,
         limit=None,
         model="cd" * 32,
         cache=cache,
@@ -176,7 +187,15 @@ def make_run(root: Path, cache: str, text: str) -> RunFolder:
         encoder_weights="ab" * 32,
         geometry=SQUARE.to_dict(),
         prompt_format="plain",
+        data_root=data_root,
     )
+
+
+def make_run(root: Path, cache: str, text: str) -> RunFolder:
+    """A run that has answered one question about the scene, and another one elsewhere."""
+    run = RunFolder.create(root / "runs" / cache.partition("@")[0], kind="train", config={})
+    questions = questions_of("mini-ref-plain")
+    header = header_of("mini-ref-plain", len(questions), cache)
     chosen = [next(q for q in questions if q.image == KEY), questions[0]]
     answers = [Answer(id=q.id, image=q.image, prompt=q.prompt, text=text) for q in chosen]
     write_answers(answers_path(run, "mini-ref-plain", "none"), header, answers)
@@ -202,9 +221,33 @@ def test_a_question_of_runs(root: Path) -> None:
         call(root, *runs, "--question", "x", "--box", "1,1,2,2")
 
 
+def test_an_id_of_several_benchmarks_is_not_guessed(root: Path, tmp_path: Path) -> None:
+    data, elsewhere = make_data_root(tmp_path / "data", images=False), tmp_path / "none"
+    run = RunFolder.create(tmp_path / "run", kind="train", config={})
+    cache = open_cache("rows", root / "caches").spec.name
+    for name in ("refcoco", "refcoco+", "vqav2"):
+        questions = load_benchmark(name, root=data)
+        answers = [Answer(id=q.id, image=q.image, prompt=q.prompt, text="x") for q in questions]
+        if name == "vqav2":  # has no boxes, so nobody looks into it
+            answers = [Answer(id="no question", image="x", prompt="x", text="x")]
+        write_answers(
+            answers_path(run, name, "none"), header_of(name, len(questions), cache, data_root=str(elsewhere)), answers
+        )
+    shared = next(iter({q.id for q in load_benchmark("refcoco", root=data)}))
+    of_plus = next(q for q in load_benchmark("refcoco+", root=data) if q.id == shared)
+    with pytest.raises(UsageError, match=rf"'{shared}' is in 2 questions of refcoco, refcoco\+.*--bench NAME"):
+        region_of_question([run], shared, str(root / "caches"), data_root=data)
+    ImageTable.merge(tmp_path / "caches", "refcoco+", [ImageEntry(key=of_plus.image, id=WIDE, width=9, height=9)])
+    found = region_of_question([run], shared, str(tmp_path / "caches"), data_root=data, benchmark="refcoco+")
+    assert found.box == of_plus.box
+    with pytest.raises(UsageError, match="has no answers to 'refcocog'"):
+        region_of_question([run], shared, str(root / "caches"), data_root=data, benchmark="refcocog")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--cache", "rows", "--image", WIDE, "--box", "1,2,3,4", "--bench", "gqa"], "--bench changes nothing"),
         (["--cache", "rows"], "no region is named"),
         (["--cache", "rows", "--image", "a/wide.jpg", "--box", "1,2,3"], "is not a box"),
         (["--cache", "rows", "--image", "a/wide.jpg", "--box", "1,2,0,3"], "is empty"),

@@ -1,6 +1,8 @@
 """Are answers kept through crashes, subsets and reruns, and does the control show every question another image?"""
 
+import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -232,8 +234,6 @@ def test_a_second_process_at_the_same_work_is_refused(tmp_path: Path) -> None:
     first = plan_benchmark(path, header(), QUESTIONS)
     with pytest.raises(RunError, match="another process is answering 'mini-read'"):
         plan_benchmark(path, header(), QUESTIONS)
-    with pytest.raises(RunError, match="another process"):
-        plan_benchmark(path, header(model="m2"), QUESTIONS)  # would remove what that one writes
     first.work.close()
     assert ask(path, header(), Echo())
 
@@ -278,20 +278,128 @@ def test_damage_elsewhere_is_an_error(tmp_path: Path) -> None:
         ({"model": "m2"}, "another model"),
         ({"fingerprint": "g"}, "another fingerprint"),
         ({"questions": 31}, "another questions"),
-        ({"wording": "paper", "dtype": "bf16"}, "another wording, dtype"),
-        ({"questions_sha256": "cd"}, "another questions sha256"),
+        ({"exact": True, "dtype": "bf16"}, "another exact, dtype"),
+        ({"wording": "paper", "questions_sha256": "cd"}, "another wording, questions sha256"),
     ],
 )
-@pytest.mark.parametrize("groups", [None, 3])
-def test_answers_of_another_model_are_replaced_and_said_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, object], why: str, groups: int | None
+def test_answers_with_other_settings_stay_until_the_new_ones_are_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, object], why: str
 ) -> None:
     path = tmp_path / "b/answers.jsonl"
-    ask(path, header(questions_sha256="ab"), Echo(groups=groups))
-    count = len(read_answers(path)[1])
-    ask(path, header(**{"questions_sha256": "ab", **changed}, limit=3), Echo())
-    assert len(read_answers(path)[1]) == 3
-    assert f"{count} answers are replaced: they were made with {why}" in capsys.readouterr().err
+    old, new = header(questions_sha256="ab"), header(**{"questions_sha256": "ab", **changed}, limit=7)
+    ask(path, old, Echo())
+    whole = path.read_bytes()
+    for groups in (0, 1):
+        ask(path, new, Echo(groups=groups))  # no model could be had, or it was stopped
+        assert path.read_bytes() == whole
+        assert f"its 30 answers stay until the new ones are finished: they were made with {why}" in (
+            capsys.readouterr().err
+        )
+        assert (path.parent / PARTS).exists() == bool(groups)
+    assert ask(path, new, Echo())
+    assert len(read_answers(path)[1]) == 7
+    kept = path.with_name(f"answers.replaced-{hashlib.sha256(whole).hexdigest()[:8]}.jsonl")
+    assert kept.read_bytes() == whole
+    assert f"30 answers are replaced: they were made with {why}; kept as {kept.name}" in capsys.readouterr().err
+    echo = Echo()
+    assert ask(path, old, echo)  # and back again: nothing has to be asked
+    assert (path.read_bytes(), echo.asked) == (whole, [])
+
+
+def test_a_wording_that_changes_no_question_is_no_other_setting(tmp_path: Path) -> None:
+    path, echo = tmp_path / "b/answers.jsonl", Echo()
+    ask(path, header(questions_sha256="ab"), Echo())
+    assert not ask(path, header(questions_sha256="ab", wording="paper", limit=3), echo)
+    ask(tmp_path / "c/answers.jsonl", header(questions_sha256="ab"), Echo(groups=4))
+    ask(tmp_path / "c/answers.jsonl", header(questions_sha256="ab", wording="paper"), echo)
+    assert len(echo.asked) == len(QUESTIONS) - 16
+
+
+@pytest.mark.parametrize("small_first", [True, False])
+def test_of_two_evaluations_at_once_the_larger_one_stays(tmp_path: Path, small_first: bool) -> None:
+    whole, path = tmp_path / "whole/answers.jsonl", tmp_path / "b/answers.jsonl"
+    ask(whole, header(), Echo())
+    large, small = plan_benchmark(path, header(), QUESTIONS), plan_benchmark(path, header(limit=3), QUESTIONS)
+    large.work.write(next(Echo()(large.work.open)))
+    for part in (small, large) if small_first else (large, small):
+        assert answer_benchmark(part, Echo())  # each ends, and shows scores
+    assert path.read_bytes() == whole.read_bytes()
+    assert [each.name for each in path.parent.iterdir()] == ["answers.jsonl"]
+
+
+def test_a_process_of_another_number_is_not_disturbed(tmp_path: Path) -> None:
+    path = tmp_path / "b/answers.jsonl"
+    slow = plan_benchmark(path, header(), QUESTIONS, Worker(index=0, count=2))
+    assert ask(path, header(), Echo())
+    before = path.read_bytes()
+    assert not answer_benchmark(slow, Echo())
+    assert path.read_bytes() == before
+    assert not (path.parent / PARTS).exists()
+
+
+def test_answers_with_the_same_settings_are_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, whole = tmp_path / "b/answers.jsonl", tmp_path / "whole/answers.jsonl"
+    ask(whole, header(), Echo())
+    asked: list[str] = []
+    for limit in (1, 2, 5):
+        echo = Echo()
+        assert ask(path, header(limit=limit), echo)
+        asked += echo.asked
+    assert len(asked) == len(set(asked)) == 5
+    first, second = Echo(groups=2), Echo()
+    ask(path, header(batch_size=6), first)
+    assert ask(path, header(), second)  # after a power cut, with another batch size
+    assert "answers with the same settings are taken over" in capsys.readouterr().err
+    assert Counter([*asked, *first.asked, *second.asked]) == Counter(q.id for q in QUESTIONS)
+    assert path.read_bytes() == whole.read_bytes()
+    assert [each.name for each in path.parent.iterdir()] == ["answers.jsonl"]
+
+
+@pytest.mark.parametrize("lost", [1, 7])
+def test_lines_that_are_lost_are_asked_again_with_their_groups(tmp_path: Path, lost: int) -> None:
+    path, echo = tmp_path / "b/answers.jsonl", Echo()
+    ask(path, header(), Echo())
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-lost]) + b'{"id": "torn')
+    assert ask(path, header(), echo)
+    assert path.read_bytes() == whole
+    gone = {q.id for q in QUESTIONS[-lost:]}
+    groups = [{q.id for q in group.questions} for group in groups_of(QUESTIONS, 4)]
+    assert set(echo.asked) == set().union(*(group for group in groups if group & gone))
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"id": "1", "image": "i", "prompt": "p", "text": null}', "line 2: 'text' is null, where a text belongs"),
+        ('{"id": "1", "image": "i", "prompt": "p", "text": 3}', "line 2: 'text' is 3"),
+        ('{"id": "1", "image": "i", "prompt": "p"}', "line 2: 'text' is missing"),
+        ('{"id": "1", "image": "i", "prompt": "p", "text": "", "probabilities": "x"}', "line 2: 'probabilities' are"),
+        ("[]", "line 2 is no answer"),
+    ],
+)
+def test_odd_lines_are_named(tmp_path: Path, line: str, why: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(header().line() + line + "\n")
+    with pytest.raises(RunError, match=re.escape(why)):
+        read_answers(path)
+
+
+def test_odd_files(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    answer = Answer(id="1", image="i", prompt="p", text="t")
+    newer = json.dumps({**json.loads(header().line()), "of_a_later_version": 1})
+    path.write_text(f"{newer}\n\n" + answer.line().replace('{"id"', '{"later": [], "id"') + "\n")
+    assert read_answers(path) == (header(), [answer])
+    path.write_text('{"kind": "header", "benchmark": "gqa", "questions": null}\n')
+    with pytest.raises(RunError, match="the header in line 1 lacks control, questions, model"):
+        read_answers(path)
+    path.write_text(answer.line())
+    with pytest.raises(RunError, match="line 1 is no header"):
+        read_answers(path)
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(RunError, match="it is not text"):
+        read_answers(path)
 
 
 def test_files_of_older_versions_are_read(tmp_path: Path) -> None:

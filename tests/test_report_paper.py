@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from vlmx.data.records import Question
 from vlmx.errors import RunError, UsageError
 from vlmx.evaluate.aggregate import LOC_QUESTIONS, VQA_QUESTIONS, published_rows
 from vlmx.evaluate.answers import Answer, Header, answers_path, write_answers
+from vlmx.evaluate.beside_run import beside_run, read_graded
 from vlmx.evaluate.report.collect import collect
 from vlmx.evaluate.report.command import report
 from vlmx.evaluate.report.correlation import colors_of
@@ -123,7 +125,7 @@ def test_photos_and_maps_are_in_the_page(whole: Path, data: Path) -> None:
     assert page.count("data:image/jpeg;base64,") > 8
     assert "image not at hand" not in page
     maps = page[page.index("Where are tokens like") : page.index("Samples and failures")]
-    assert any(f"<h3>{text_of(q)}</h3>" in maps for q in load_benchmark("refcoco", root=data))
+    assert any(f"<h3><bdi>{text_of(q)}</bdi></h3>" in maps for q in load_benchmark("refcoco", root=data))
     assert "vmamba-t-in1k@224x224" in maps
     assert "data:image/png;base64," in maps
     addresses = set(re.findall(r"""(?:src|href)=["']([^"']{0,24})""", page))
@@ -196,6 +198,24 @@ def test_collapsed_boxes_raise_the_alarm(tmp_path: Path, data: Path) -> None:
     assert "Localization collapse of bad" in (tmp_path / "r.html").read_text()
 
 
+def test_report_and_compare_rank_alike(tmp_path: Path, data: Path) -> None:
+    """VQA-v2 has 64 % of the paper's questions, and as many as any other in these tiny files."""
+    benchmarks = ("vqav2", "gqa", "tallyqa", "refcoco")
+    big = make_run(tmp_path / "big", data, benchmarks, lambda q: right(q) if q.benchmark == "vqav2" else "no idea")
+    others = make_run(
+        tmp_path / "others", data, benchmarks, lambda q: "no idea" if q.benchmark == "vqav2" else right(q)
+    )
+    found = collect([others, big], caches=tmp_path)
+    (ranking,) = [one for one in found.rankings if one.group == "VQA"]
+    assert (ranking.steps[0].first, ranking.steps[0].second) == ("big", "others")
+    lines = {line.name: line.difference for line in beside_run(read_graded(others), read_graded(big)).averages}
+    assert found.pairs[0]["VQA"] == lines["weighted_vqa"]
+    assert found.pairs[0]["VQA"].points < 0
+    pooled = {run.name: run.pooled["VQA"].score for run in found.runs}
+    assert pooled["big"] == pytest.approx(lines["weighted_vqa"].second_percent)
+    assert pooled["big"] == pytest.approx(found.runs[1].averages.vqa_exact if found.runs[1].averages else 0)
+
+
 @pytest.mark.parametrize("benchmarks", [("vqav2", "tallyqa"), ("refcoco", "ocid_ref")])
 def test_only_words_or_only_boxes(tmp_path: Path, data: Path, benchmarks: tuple[str, ...]) -> None:
     run = make_run(tmp_path / "part", data, benchmarks, right)
@@ -220,6 +240,21 @@ def test_a_row_that_is_named(tmp_path: Path, data: Path) -> None:
         call(run.path, "--row", "a", "--row", "b")
 
 
+def test_a_run_named_like_a_formula_with_a_damaged_photo(tmp_path: Path, data: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    for key in {question.image for question in load_benchmark("vqav2", root=data)}:
+        (root / key).write_bytes((root / key).read_bytes()[:100])
+    run = make_run(tmp_path / "run $^$", root, ALL, right)
+    result = call(run.path, "--published", "-o", tmp_path / "r.html", "--caches", tmp_path)
+    assert result.exit_code == 0
+    assert "cannot read" in result.stderr
+    page = (tmp_path / "r.html").read_text()
+    assert "run $^$</text>" in page
+    assert "image not at hand" in page
+    assert page.count("data:image/jpeg;base64,") > 5
+
+
 def test_photos_elsewhere_or_nowhere(tmp_path: Path, data: Path) -> None:
     run = make_run(tmp_path / "run", data, ("vqav2",), right)
     without = make_data_root(tmp_path / "no_images", images=False)
@@ -228,6 +263,37 @@ def test_photos_elsewhere_or_nowhere(tmp_path: Path, data: Path) -> None:
     assert collect([run], caches=tmp_path).data_roots == {"vqav2": data}
     call(run.path, "-o", tmp_path / "r.html", "--caches", tmp_path, "--data-root", without)
     assert "image not at hand" in (tmp_path / "r.html").read_text()
+
+
+def test_a_long_answer_is_cut_and_right_to_left_text_stays_in_its_place(tmp_path: Path, data: Path) -> None:
+    run = make_run(tmp_path / "run", data, ("vqav2",), lambda _: "\N{RIGHT-TO-LEFT OVERRIDE}" + "x" * 2000)
+    call(run.path, "-o", tmp_path / "r.html", "--caches", tmp_path)
+    page = (tmp_path / "r.html").read_text()
+    assert f"<bdi>\N{RIGHT-TO-LEFT OVERRIDE}{'x' * 599}… (1,401 more characters)</bdi>" in page
+
+
+def test_the_alarm_tells_what_the_run_itself_has_not(tmp_path: Path, data: Path) -> None:
+    """The row has 512 x 512, the run 224 x 224."""
+    run = make_run(tmp_path / "bad", data, ("vqav2", "gqa", "refcoco", "refcoco+"), wrong_boxes)
+    arguments = (run.path, "-o", tmp_path / "r.html", "--caches", tmp_path, "--row", "vmamba-s-coco@512/mlp3")
+    assert "square input, a cache at --res 512" in call(*arguments).output
+
+
+def test_tables_mark_parts_and_name_runs_that_look_alike(tmp_path: Path, data: Path) -> None:
+    benchmarks = ("vqav2", "refcoco")
+    runs = [make_run(tmp_path / name, data, benchmarks, right).path for name in ("a_1", "a_2")]
+    files = ("--latex", tmp_path / "t.tex", "--scores", tmp_path / "s.csv")
+    result = call(*runs, "-o", tmp_path / "r.html", "--caches", tmp_path, *files)
+    (row,) = [line.split() for line in result.output.splitlines() if line.startswith("a_1 ")]
+    assert row == ["a_1", "100.0†", "100.0†", "100.0†", "100.0†", "100.0†"]
+    words, boxes = (tmp_path / "t.tex").read_text().split(r"\end{table*}")[:2]
+    assert r"VMamba-T (a\_1) &" in words
+    assert r"VMamba-T (a\_2) &" in words
+    assert "refcoco" not in words
+    assert "vqav2" not in boxes
+    score = next(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
+    assert (score["benchmark"], score["part"], score["boxes"]) == ("refcoco", "3 of 10,834", "exact")
+    assert [score[name] for name in ("wording", "subset", "dtype", "exact")] == ["default", "", "fp32", "False"]
 
 
 def test_small_things() -> None:

@@ -15,7 +15,8 @@ from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_p
 from vlmx.evaluate.baselines import baselines_of
 from vlmx.evaluate.compare import compare, order
 from vlmx.evaluate.groups import questions_sha256
-from vlmx.evaluate.score import Grade, grade, grade_answers, grades_of_run, score_grades, score_run
+from vlmx.evaluate.score import Grade, grade, grade_answers, grades_of_run, score_grades
+from vlmx.evaluate.score_run import score_run
 from vlmx.runs import RunFolder
 
 SQUARE = Geometry(mode="letterbox", height=64, width=64, fill=(0, 0, 0))
@@ -228,6 +229,22 @@ def test_a_score_says_how_it_came_about() -> None:
     h = header("mini-read", len(read))
     score = score_grades(h, grade_answers(h, answered(read, *["A"] * len(read)), read))
     assert (score.boxes, score.made_with, score.size) == (None, "prompts as in training", f"{len(read):,}")
+
+
+def test_files_of_another_version_and_limits_are_named() -> None:
+    questions = [asked("pope", number, "random", "yes") for number in range(9)]
+
+    def size(published: int, answers: int, limit: int | None, to_ask: int) -> tuple[str, bool]:
+        h = replace(header("pope", published, limit), asked=to_ask)
+        score = score_grades(h, grade_answers(h, answered(questions[:answers], *["Yes"] * answers), questions))
+        return score.size, score.partial
+
+    assert size(8, 9, None, 9) == ("9 of 8 published: another version", False)
+    assert size(8, 9, 12, 9) == ("9 of 8 published (limit 12): another version", False)
+    assert size(8, 8, None, 9) == ("8 of 8 (1 not answered yet)", True)
+    assert size(9, 9, 12, 9) == ("9 (limit 12)", False)
+    assert size(9, 5, 5, 5) == ("5 of 9 (limit 5)", True)
+    assert size(10, 9, None, 9) == ("9 of 10 (partial)", True)
 
 
 def test_other_annotations_than_those_that_were_asked_are_refused() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmx.cache_specs.loader import TokenLoader
 from vlmx.cache_specs.token_source import TokenSource
-from vlmx.console import note
+from vlmx.console import note, warn
 from vlmx.data.records import Question
 from vlmx.errors import UsageError
 from vlmx.evaluate.answers import Answer, Dtype
@@ -56,11 +56,40 @@ class Answerer:
             parameter.data = parameter.data.to(DTYPES[dtype])
         self._vlm = saved.vlm.to(device).eval()
         self._exact = exact
-        self._ids_of: dict[tuple[str, ...], list[int]] = {}
+        self._ids_of: dict[tuple[str, ...], list[int] | None] = {}
+        self._unfit: dict[tuple[str, ...], str] = {}
+        config = self._vlm.llm.config.get_text_config()
+        # An LLM with a table of positions ends where its table does.
+        self._positions = None if has_rotary_positions(config) else getattr(config, "max_position_embeddings", None)
         problem = "" if exact else sharing_problem(self._vlm)
         self._apart = bool(problem)
         if problem:
             note(f"questions of an image do not share its prefix: {problem}; those of equal length go together")
+
+    def check(self, benchmark: str, groups: Sequence[Group], visual_tokens: int) -> None:
+        """Look at questions before any is answered: whether their options are tokens, and their prompts short enough.
+
+        Where an option is not one token, the questions are answered in words, which a warning says.
+
+        Raises:
+            UsageError: an LLM with a table of positions has too few of them.
+        """
+        for options in dict.fromkeys(group.questions[0].options for group in groups):
+            if options and self._option_ids(options) is None:
+                warn(f"{benchmark}: {self._unfit[options]}; answers are generated and read, without probabilities")
+        if groups and self._positions is not None:
+            prompts = dict.fromkeys(question.prompt for group in groups for question in group.questions)
+            self._check_length([self._prompt.encode_question(prompt) for prompt in prompts], visual_tokens)
+
+    def _option_ids(self, options: tuple[str, ...]) -> list[int] | None:
+        """The token of each option; None where they have none."""
+        if options not in self._ids_of:
+            try:
+                self._ids_of[options] = option_ids(self._prompt, options)
+            except UsageError as error:
+                self._ids_of[options] = None
+                self._unfit[options] = error.why
+        return self._ids_of[options]
 
     def answers(self, groups: Sequence[Group], source: TokenSource, id_of: Mapping[str, str]) -> Iterator[list[Answer]]:
         """The answers of each group, in its order; the tokens of an image are read once a group, ahead of it.
@@ -73,7 +102,7 @@ class Answerer:
         Raises:
             CacheError, CacheCorruptError: tokens cannot be read.
             WeightsError: the logits are not numbers.
-            UsageError: an option is not one token.
+            UsageError: see `check`.
         """
         images = [list(dict.fromkeys(group.images)) for group in groups]
         batches = ([id_of[key] for key in keys] for keys in images)
@@ -102,8 +131,9 @@ class Answerer:
             image_of_row=[place_of[key] for key in group.images],
             prompts_ids=[self._prompt.encode_question(question.prompt) for question in group.questions],
         )
-        self._check_length(asked)
-        if group.questions[0].options:
+        self._check_length(asked.prompts_ids, visual_UND.shape[1])
+        options = group.questions[0].options
+        if options and self._option_ids(options) is not None:
             said = self._options(group.questions, asked)
         else:
             said = [(self._prompt.decode(ids), None) for ids in self._texts(asked)]
@@ -127,25 +157,18 @@ class Answerer:
             logits = _by_rows(asked, self._exact, lambda visual, ids: list(self._vlm.first_token_logits(visual, ids)))
         said: list[tuple[str, tuple[float, ...] | None]] = []
         for question, logits_V in zip(questions, logits, strict=True):
-            if question.options not in self._ids_of:
-                self._ids_of[question.options] = option_ids(self._prompt, question.options)
-            probabilities_O = logits_V[self._ids_of[question.options]].double().softmax(dim=0)
+            ids = self._option_ids(question.options)
+            assert ids is not None, question.options
+            probabilities_O = logits_V[ids].double().softmax(dim=0)
             said.append((question.options[int(probabilities_O.argmax())], tuple(probabilities_O.tolist())))
         return said
 
-    def _check_length(self, asked: _Asked) -> None:
-        """An LLM with a table of positions ends where its table does.
-
-        Raises:
-            UsageError: a prompt and its answer would go beyond.
-        """
-        config = self._vlm.llm.config.get_text_config()
-        table = getattr(config, "max_position_embeddings", None)
-        longest = max(map(len, asked.prompts_ids)) + asked.visual_UND.shape[1] + MAX_NEW_TOKENS
-        if table is not None and not has_rotary_positions(config) and longest > table:
+    def _check_length(self, prompts_ids: Sequence[Sequence[int]], visual_tokens: int) -> None:
+        longest = max(map(len, prompts_ids)) + visual_tokens + MAX_NEW_TOKENS
+        if self._positions is not None and longest > self._positions:
             raise UsageError(
-                f"a question needs {longest} positions, and the LLM has {table}",
-                why=f"{asked.visual_UND.shape[1]} are visual tokens, {MAX_NEW_TOKENS} are kept for the answer",
+                f"a question needs {longest} positions, and the LLM has {self._positions}",
+                why=f"{visual_tokens} are visual tokens, {MAX_NEW_TOKENS} are kept for the answer",
                 fix="use an encoder with fewer tokens, or an LLM with a longer context",
             )
 

@@ -5,13 +5,14 @@
 
 While answers are made, the files of `answers.parts` have the same form, and are read in its place. To these lines are
 appended and flushed; a torn last line (the process died while writing it) is dropped when a file is opened again.
+answers.replaced-DIGEST.jsonl is what stood in answers.jsonl before answers with other settings were finished.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,9 @@ from vlmx.runs import RunFolder, space_error, write_atomic
 Control = Literal["none", "shuffled"]
 Dtype = Literal["fp32", "bf16"]
 NAME = "answers.jsonl"
+REPLACED = "answers.replaced-{}.jsonl"  # what an answers.jsonl held before, by the first digits of its SHA-256
 PARTS = "answers.parts"  # folder of what is answered already, while answers.jsonl is not finished
+FINISHED = "finished"  # file in the folder of a plan whose answers are in answers.jsonl
 _FOLDERS: Mapping[Control, str] = {"none": "eval", "shuffled": "eval-shuffled"}
 # What may differ without the answers being of another model or to other questions.
 _FREE = ("limit", "slim", "asked", "batch_size", "data_root")
@@ -49,9 +52,9 @@ class Answer:
 
     def line(self) -> str:
         """As it stands in the file."""
-        fields = {"id": self.id, "image": self.image, "prompt": self.prompt, "text": self.text}
+        said = {"id": self.id, "image": self.image, "prompt": self.prompt, "text": self.text}
         more = {} if self.probabilities is None else {"probabilities": self.probabilities}
-        return json.dumps({**fields, **more}) + "\n"
+        return json.dumps({**said, **more}) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +114,11 @@ class Header:
     def differences(self, other: Header) -> list[str]:
         """Names of the fields because of which answers under the two headers may not stand in one file."""
         ours, theirs = asdict(self), asdict(other)
-        unknown = () if self.questions_sha256 and other.questions_sha256 else ("questions_sha256",)
-        return [name for name in ours if ours[name] != theirs[name] and name not in (*_FREE, *unknown)]
+        known = self.questions_sha256 and other.questions_sha256
+        # The digest covers the prompts: another wording that leaves them as they are makes no difference.
+        free = (*_FREE, "wording" if known and self.questions_sha256 == other.questions_sha256 else "")
+        unknown = () if known else ("questions_sha256",)
+        return [name for name in ours if ours[name] != theirs[name] and name not in (*free, *unknown)]
 
     def fits(self, other: Header) -> bool:
         """Whether answers under the two headers may stand in one file."""
@@ -131,12 +137,14 @@ def answers_path(run: RunFolder, benchmark: str, control: Control) -> Path:
 def answered_benchmarks(run: RunFolder, control: Control) -> list[str]:
     """The benchmarks that a run has answers to: those of the mini study in its order, then others by name."""
     folders = (run.path / _FOLDERS[control]).glob("*/")
-    found = {
-        folder.name
-        for folder in folders
-        if (folder / NAME).exists() or any(has_lines(path, 2) for path in (folder / PARTS).glob("*/*.jsonl"))
-    }
+    found = {folder.name for folder in folders if (folder / NAME).exists() or has_unfinished(folder / NAME)}
     return [*(name for name in BENCHMARKS if name in found), *sorted(found - set(BENCHMARKS))]
+
+
+def has_unfinished(path: Path) -> bool:
+    """Whether there are answers that are not in an answers.jsonl yet."""
+    parts = (part for part in parts_folder(path).glob("*/*.jsonl") if not part.with_name(FINISHED).exists())
+    return any(has_lines(part, 2) for part in parts)
 
 
 def read_answers(path: Path) -> tuple[Header, list[Answer]]:
@@ -146,30 +154,46 @@ def read_answers(path: Path) -> tuple[Header, list[Answer]]:
         RunError: there are no answers, or a file is empty, or damaged elsewhere than in its last line.
     """
     if not path.exists():
-        unfinished = [found for folder in sorted(parts_folder(path).glob("*/")) if (found := read_parts(folder))]
-        if unfinished:
-            header, by_id = max(unfinished, key=lambda found: len(found[1]))
-            return header, list(by_id.values())
+        unfinished = _unfinished(path)
+        if unfinished is not None:
+            return unfinished
         raise RunError(f"there are no answers at {path}", fix="give `vlmx eval --run RUN` first")
     return read_file(path)
 
 
 def read_file(path: Path) -> tuple[Header, list[Answer]]:
-    """Header and answers of one file; see `read_answers`."""
-    *lines, torn = path.read_text().split("\n")
-    records = []
+    """Header and answers of one file; see `read_answers`. Empty lines and fields of later versions are passed over."""
+    try:
+        *lines, torn = path.read_text().split("\n")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, f"it is not text: {error}") from error
+    records: list[tuple[int, Any]] = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            records.append(json.loads(line))
+            records.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
             raise _damaged(path, f"line {number} is not JSON") from error
     if not records:
         raise _damaged(path, "it has no complete line" if torn else "it is empty")
-    try:
-        header = Header(**{key: value for key, value in records[0].items() if key != "kind"})
-        return header, [_answer(record) for record in records[1:]]
-    except (TypeError, AttributeError) as error:
-        raise _damaged(path, str(error)) from error
+    (number, first), *others = records
+    return _header(path, number, first), [_answer(path, number, record) for number, record in others]
+
+
+def _unfinished(path: Path) -> tuple[Header, list[Answer]] | None:
+    """The most answers that there are with one model and its settings: those that were written to last."""
+    folders = sorted(parts_folder(path).glob("*/"), key=lambda folder: max(p.stat().st_mtime_ns for p in _all(folder)))
+    found = [each for folder in folders if (each := read_parts(folder)) is not None]
+    if not found:
+        return None
+    alike = [each for each in found if each[0].fits(found[-1][0])]
+    header, by_id = max(alike, key=lambda each: len(each[1]))
+    return header, list(by_id.values())
+
+
+def _all(folder: Path) -> list[Path]:
+    return [folder, *folder.glob("*.jsonl")]
 
 
 def parts_folder(path: Path) -> Path:
@@ -194,9 +218,37 @@ def read_parts(folder: Path) -> tuple[Header, dict[str, Answer]] | None:
     return files[0][0], {name: answer for _, by_id in files for name, answer in by_id.items()}
 
 
-def _answer(record: dict[str, Any]) -> Answer:
-    probabilities = record.get("probabilities")
-    return Answer(**{**record, "probabilities": None if probabilities is None else tuple(probabilities)})
+def _header(path: Path, number: int, record: Any) -> Header:
+    if not isinstance(record, dict) or record.get("kind") != "header":
+        raise _damaged(path, f"line {number} is no header")
+    lacking = [
+        each.name
+        for each in fields(Header)
+        if each.default is MISSING and (record.get(each.name) is None and each.name != "limit")
+    ]
+    if lacking:
+        raise _damaged(path, f"the header in line {number} lacks {', '.join(lacking)}")
+    known = {each.name for each in fields(Header)}
+    return Header(**{"limit": None, **{key: value for key, value in record.items() if key in known}})
+
+
+def _answer(path: Path, number: int, record: Any) -> Answer:
+    if not isinstance(record, dict):
+        raise _damaged(path, f"line {number} is no answer")
+    for name in ("id", "image", "prompt", "text"):
+        if not isinstance(record.get(name), str):
+            said = json.dumps(record[name]) if name in record else "missing"
+            raise _damaged(path, f"line {number}: '{name}' is {said}, where a text belongs")
+    values = record.get("probabilities")
+    if values is not None and not (isinstance(values, list) and all(isinstance(v, int | float) for v in values)):
+        raise _damaged(path, f"line {number}: 'probabilities' are no list of numbers")
+    return Answer(
+        id=record["id"],
+        image=record["image"],
+        prompt=record["prompt"],
+        text=record["text"],
+        probabilities=None if values is None else tuple(values),
+    )
 
 
 def _damaged(path: Path, why: str) -> RunError:

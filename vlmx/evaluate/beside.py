@@ -6,7 +6,7 @@ lacks benchmarks, both sides are averaged over those that it has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,6 +133,18 @@ def beside_paper(scores: Mapping[str, Score], grades: Mapping[str, Sequence[Grad
     )
 
 
+def weights_of(scores: Iterable[Score]) -> dict[str, int]:
+    """What each benchmark weighs in an average over several: the paper's number of questions, or else its own.
+
+    Args:
+        scores: of one or several runs; how many questions were asked changes nothing.
+    """
+    found: dict[str, int] = {}
+    for score in scores:
+        found.setdefault(score.benchmark, PAPER_QUESTIONS.get(score.benchmark, score.expected))
+    return found
+
+
 def _paper_average(
     name: Average,
     columns: Sequence[str],
@@ -182,19 +194,31 @@ def _beside_row(text: PaperLine | None, box: PaperLine | None) -> Collapse | Non
 
 
 def marks_of(score: Score) -> tuple[str, ...]:
-    """What a reader has to know about a score before holding it against another one: how much was asked, and how.
+    """What a reader has to know about a score before holding it against another one: how much was asked, and how."""
+    part = part_of(score)
+    return (*([f"partial: {part}"] if part else []), *_profile(score))
 
-    A benchmark of the paper is partial when it has fewer questions than the paper's, whatever its files have.
+
+def part_of(score: Score) -> str:
+    """How many questions were answered, and of how many, if these are not all of the benchmark's; else "".
+
+    A benchmark of the paper has as many questions as the paper's, whatever its files have: both fewer and more than
+    these are another set of questions, which is not to be compared with the whole, and so may be a subset of as many.
     """
     expected = PAPER_QUESTIONS.get(score.benchmark, score.expected)
-    why = f" ({score.subset})" if score.subset else ""
-    partial = [f"partial: {score.n:,} of {expected:,}{why}"] if score.n < expected else []
-    return (*partial, *_profile(score))
+    is_subset = bool(score.subset) and score.benchmark in PAPER_QUESTIONS
+    if score.n == expected and not (score.partial or is_subset):
+        return ""
+    why = ", ".join(filter(None, [score.subset, f"{score.missing:,} not answered yet" if score.missing else ""]))
+    known = f" ({why})" if why else ""
+    if score.n > expected:
+        return f"{score.n:,} of {expected:,} published{known}: another version"
+    return f"{score.n:,} of {expected:,}{known}"
 
 
 def marks_of_average(scores: Sequence[Score]) -> tuple[str, ...]:
     """The marks of a mean over several benchmarks."""
-    partial = sum(score.n < PAPER_QUESTIONS.get(score.benchmark, score.expected) for score in scores)
+    partial = sum(bool(part_of(score)) for score in scores)
     return (
         *([f"partial: {partial} of {len(scores)} benchmarks"] if partial else []),
         *dict.fromkeys(mark for score in scores for mark in _profile(score)),

@@ -9,7 +9,7 @@ from typing import get_args
 
 from vlmx.errors import RunError
 from vlmx.evaluate.answers import answered_benchmarks
-from vlmx.evaluate.beside import PAPER_QUESTIONS, Average, marks_of, marks_of_average
+from vlmx.evaluate.beside import PAPER_QUESTIONS, Average, marks_of, marks_of_average, weights_of
 from vlmx.evaluate.collapse import Collapse, collapse
 from vlmx.evaluate.compare import Difference, compare
 from vlmx.evaluate.paper_rows import facts_of_run
@@ -108,7 +108,7 @@ def beside_run(first: Graded, second: Graded) -> BesideRun:
     """
     places = {name: place for place, name in enumerate(PAPER_QUESTIONS)}
     shared = sorted((name for name in first.scores if name in second.scores), key=lambda name: places.get(name, -1))
-    counts = {name: PAPER_QUESTIONS.get(name, first.scores[name].expected) for name in shared}
+    counts = weights_of(first.scores[name] for name in shared)
     same = dict.fromkeys(shared, 1)
     members: Mapping[Average, tuple[list[str], Mapping[str, float]]] = {
         "weighted_vqa": ([name for name in shared if first.scores[name].kind == "text"], counts),

@@ -12,8 +12,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from vlmx.cache_specs.command import complete_caches
-from vlmx.console import note, table
-from vlmx.errors import UsageError
+from vlmx.console import note, show_error, table
+from vlmx.errors import UsageError, VlmxError
 from vlmx.evaluate.many import ManyProcesses, Worker
 from vlmx.runs import RunFolder, list_runs
 
@@ -44,9 +44,10 @@ Worked examples:
 
 \b
 Answers go to RUN/eval/BENCHMARK/answers.jsonl (shuffled: RUN/eval-shuffled/...), scores beside them. Questions that are
-answered already are not asked again, however the process ended: the file is the same, byte for byte. Meanwhile they lie
-in answers.parts, which `vlmx score` reads, too. Images of a benchmark are looked up in the image table of its data set
-(vlmx list benchmarks), those of the mini study in 'mini'.
+answered already are not asked again, however the process ended: the same command ends with the same file, byte for
+byte. Meanwhile they lie in answers.parts, which `vlmx score` reads, too. Answers with other settings stay until the new
+ones are finished, and are then kept as answers.replaced-DIGEST.jsonl. Images of a benchmark are looked up in the image
+table of its data set (vlmx list benchmarks), those of the mini study in 'mini'.
 """
 SCORE_EPILOG = """\b
 Worked examples:
@@ -177,7 +178,8 @@ def evaluate(
     from vlmx.data.wording import Wording
     from vlmx.evaluate.answers import Control, Dtype
     from vlmx.evaluate.predict import Asking, predict_run
-    from vlmx.evaluate.score import BoxRule, score_run
+    from vlmx.evaluate.score import BoxRule
+    from vlmx.evaluate.score_run import score_benchmarks
 
     if slim and limit is not None:
         raise UsageError("--slim and --limit both choose a subset", fix="give one of them")
@@ -203,8 +205,12 @@ def evaluate(
     is_last = predict_run(run, benchmarks, caches=caches, asking=asking, stream=stream, pull=pull, worker=worker)
     if is_last:
         rule = _one_of(boxes, get_args(BoxRule))
-        found = score_run(run, box_rule=rule, data_root=data_root, benchmarks=benchmarks, controls=[asking.control])
-        _print_scores(found, title=run.name)
+        found, problems = score_benchmarks(
+            run, box_rule=rule, data_root=data_root, benchmarks=benchmarks, controls=[asking.control]
+        )
+        _print_scores(found, problems, title=run.name)
+    else:
+        worker.tell_end()
 
 
 def _is_given(ctx: click.Context, name: str) -> bool:
@@ -252,11 +258,12 @@ def score(run_name: str, data_root: str | None, boxes: str) -> None:
 
     RUN is a folder, a name, the beginning of a name below runs/, or 'latest'.
     """
-    from vlmx.evaluate.score import BoxRule, score_run
+    from vlmx.evaluate.score import BoxRule
+    from vlmx.evaluate.score_run import score_benchmarks
 
     run = RunFolder.open(run_name, root=RUNS_ROOT)
-    found = score_run(run, box_rule=_one_of(boxes, get_args(BoxRule)), data_root=data_root)
-    _print_scores(found, title=run.name)
+    found, problems = score_benchmarks(run, box_rule=_one_of(boxes, get_args(BoxRule)), data_root=data_root)
+    _print_scores(found, problems, title=run.name)
 
 
 @click.command(epilog=PROBE_EPILOG)
@@ -289,7 +296,21 @@ def probe(name: str, caches: str) -> None:
     note(f"{result.train_scenes} train scenes, {result.test_scenes} held-out ones; cache {result.cache}")
 
 
-def _print_scores(scores: Sequence[Score], *, title: str) -> None:
+def _print_scores(scores: Sequence[Score], problems: Sequence[VlmxError], *, title: str) -> None:
+    """Show the scores that there are, then what is wrong with the others.
+
+    Raises:
+        VlmxError: the last of `problems`.
+    """
+    if scores:
+        _print_table(scores, title)
+    for problem in problems[:-1]:
+        show_error(problem)
+    if problems:
+        raise problems[-1]
+
+
+def _print_table(scores: Sequence[Score], title: str) -> None:
     rows = []
     for s in scores:
         low, high = s.interval95

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from vlmx.data.records import Question
 from vlmx.errors import UsageError
-from vlmx.evaluate.intervals import Estimate, estimate
+from vlmx.evaluate.intervals import Estimate, estimate, paired_difference
 from vlmx.evaluate.metrics import MEAN_OF_TYPES
 from vlmx.evaluate.score import Grade
 
@@ -62,7 +62,8 @@ def mean(grades: Sequence[Grade], *, counts: Mapping[str, float] | None = None) 
         grades: of at least one question.
         counts: weight of each benchmark; without it a benchmark weighs as many questions as it has here.
     """
-    return _estimate([g.question for g in grades], [100 * g.value for g in grades], counts)
+    parts, weights = _parts([g.question for g in grades], counts)
+    return estimate([100 * g.value for g in grades], [g.question.image for g in grades], strata=parts, weights=weights)
 
 
 def percent(grades: Sequence[Grade], *, counts: Mapping[str, float] | None = None) -> float:
@@ -100,8 +101,14 @@ def compare(
     if not shared:
         raise UsageError(f"'{first}' and '{second}' have answered no question in common")
     theirs = [others[key_of(g.question)] for g in shared]
-    ahead = [100 * (g.value - other.value) for g, other in zip(shared, theirs, strict=True)]
-    found = _estimate([g.question for g in shared], ahead, counts)
+    parts, weights = _parts([g.question for g in shared], counts)
+    found = paired_difference(
+        [100 * g.value for g in shared],
+        [100 * g.value for g in theirs],
+        [g.question.image for g in shared],
+        strata=parts,
+        weights=weights,
+    )
     return Difference(
         first=first,
         second=second,
@@ -113,10 +120,16 @@ def compare(
     )
 
 
-def order(grades_by_run: Mapping[str, Sequence[Grade]]) -> list[Difference]:
+def order(
+    grades_by_run: Mapping[str, Sequence[Grade]], *, counts: Mapping[str, float] | None = None
+) -> list[Difference]:
     """Runs from best to worst, as the differences between neighbours in that order.
 
     Only questions that all runs answered count, for the order and for the differences: so both say the same.
+
+    Args:
+        grades_by_run: by name, of one or several benchmarks.
+        counts: as of `mean`.
 
     Raises:
         UsageError: there is no question that all runs answered.
@@ -130,19 +143,14 @@ def order(grades_by_run: Mapping[str, Sequence[Grade]]) -> list[Difference]:
             fix="compare runs that were asked the same benchmarks",
         )
     kept = {name: [g for g in grades if key_of(g.question) in common] for name, grades in grades_by_run.items()}
-    means = {name: percent(grades) for name, grades in kept.items()}
+    means = {name: percent(grades, counts=counts) for name, grades in kept.items()}
     ranked = sorted(kept, key=lambda name: (-means[name], name))
-    return [compare(a, kept[a], b, kept[b]) for a, b in pairwise(ranked)]
+    return [compare(a, kept[a], b, kept[b], counts=counts) for a, b in pairwise(ranked)]
 
 
 def key_of(question: Question) -> Key:
     """What a question is known by among those of all benchmarks."""
     return question.benchmark, question.id
-
-
-def _estimate(questions: Sequence[Question], values: Sequence[float], counts: Mapping[str, float] | None) -> Estimate:
-    parts, weights = _parts(questions, counts)
-    return estimate(values, [question.image for question in questions], strata=parts, weights=weights)
 
 
 def _parts(

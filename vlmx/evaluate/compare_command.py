@@ -77,20 +77,18 @@ def compare(
     fallen while text answers hold.
     """
     from vlmx.evaluate.beside_run import read_graded
+    from vlmx.evaluate.paper_rows import named_rows
     from vlmx.evaluate.score import BoxRule
 
     _check(run_names, paper, row_names)
+    rows = named_rows(row_names, len(run_names))
     runs = [RunFolder.open(name, root=RUNS_ROOT) for name in run_names]
     if len({run.name for run in runs}) < len(runs):
         paths = ", ".join(str(run.path) for run in runs)
         raise RunError("two of the runs have the same name", why=paths, fix="name different ones, or rename a folder")
     rule = next(known for known in get_args(BoxRule) if known == boxes)
     graded = [read_graded(run, box_rule=rule, data_root=data_root) for run in runs]
-    if paper:
-        wanted: Sequence[str | None] = row_names * len(runs) if len(row_names) == 1 else row_names or [None] * len(runs)
-        found = _beside_paper(runs, graded, wanted)
-    else:
-        found = _beside_runs(graded)
+    found = _beside_paper(runs, graded, rows) if paper else _beside_runs(graded)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
@@ -109,12 +107,6 @@ def _check(run_names: Sequence[str], paper: bool, row_names: Sequence[str]) -> N
     """
     if row_names and not paper:
         raise UsageError("--row changes nothing without --paper", fix="add --paper, or leave --row out")
-    if len(row_names) not in (0, 1, len(run_names)):
-        raise UsageError(
-            "it is not clear which row is meant for which run",
-            why=f"{len(row_names)} rows for {len(run_names)} runs",
-            fix="give --row once, or once for each run",
-        )
     if not paper and len(run_names) < 2:
         raise UsageError(
             "one run alone has nothing to be compared with",

@@ -85,7 +85,8 @@ def correlate(
         raise UsageError(f"{out} is of no known kind", fix=f"end it in {', '.join(PICTURES)} or .csv")
     rule = next(known for known in get_args(BoxRule) if known == boxes)
     models = [published_model(row) for row in paper_rows()] if published else []
-    models += [_model_of_run(run, rule, data_root) for run in _different(run_names)]
+    of_runs = [_model_of_run(run, rule, data_root, whole=published) for run in _different(run_names)]
+    models += [model for model in of_runs if model]
     known = known_columns(models)
     default = [name for name in known if name not in (*AVERAGES, IN1K)]
     chosen = expand_columns(columns, known) if columns else default
@@ -114,24 +115,32 @@ def _different(run_names: Sequence[str]) -> list[RunFolder]:
     return runs
 
 
-def _model_of_run(run: RunFolder, rule: BoxRule, data_root: str | None) -> dict[str, float]:
+def _model_of_run(run: RunFolder, rule: BoxRule, data_root: str | None, *, whole: bool) -> dict[str, float]:
     """A run's numbers by column; what is only a part of a benchmark is noted.
+
+    Args:
+        run, rule, data_root: see `vlmx.evaluate.beside_run.read_graded`.
+        whole: whether such parts are left out, as among published scores; then nothing may be left.
 
     Raises:
         RunError: the run has no answers, or some are damaged.
     """
-    from vlmx.evaluate.beside import PAPER_QUESTIONS, marks_of
+    from vlmx.evaluate.beside import marks_of, part_of
     from vlmx.evaluate.beside_run import read_graded
     from vlmx.evaluate.correlate import scored_model
     from vlmx.evaluate.paper_rows import row_of_run
 
     graded = read_graded(run, box_rule=rule, data_root=data_root)
-    for name, score in graded.scores.items():
-        if score.n < PAPER_QUESTIONS.get(name, score.expected):
-            note(f"{run.name}, {name}: {', '.join(marks_of(score))}")
+    parts = [name for name, score in graded.scores.items() if part_of(score)]
+    for name in parts:
+        left_out = "left out, " if whole else ""
+        note(f"{run.name}, {name}: {left_out}{', '.join(marks_of(graded.scores[name]))}")
+    scores = {name: score.score for name, score in graded.scores.items() if not (whole and name in parts)}
+    if not scores:
+        return {}
     first = next(iter(graded.scores.values()))
     match = row_of_run(run, cache=first.cache, encoder_weights=first.encoder_weights)
-    return scored_model({name: score.score for name, score in graded.scores.items()}, match.row)
+    return scored_model(scores, match.row)
 
 
 def _json(found: Correlation) -> dict[str, Any]:

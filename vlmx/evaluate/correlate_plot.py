@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vlmx.evaluate.correlate import INTERVAL_TEXT, Cell, Correlation
+from vlmx.evaluate.plot_text import as_written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +41,9 @@ def heat_map(correlation: Correlation, *, title: str = "", ink: str = "black") -
             axes.text(beside, at - 0.12, text, ha="center", va="center", fontsize=9, color=color)
             axes.text(beside, at + 0.25, small, ha="center", va="center", fontsize=5.5, color=color)
     image = axes.imshow(r_CC, cmap=COLORS, vmin=-1, vmax=1)
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(columns)), columns)
+    names = [as_written(column) for column in columns]
+    axes.set_xticks(range(len(columns)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(columns)), names)
     axes.tick_params(colors=ink, labelsize=9, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -53,7 +55,7 @@ def heat_map(correlation: Correlation, *, title: str = "", ink: str = "black") -
     bar.ax.tick_params(colors=ink, labelsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]  # a spine, which matplotlib's stubs take for a function
     if title:
-        axes.set_title(title, color=ink, fontsize=11)
+        axes.set_title(as_written(title), color=ink, fontsize=11)
     return figure
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlmx.console import be_quiet
+from vlmx.console import be_quiet, note, warn
 from vlmx.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ class Worker:
         index: which, from 0.
         count: how many there are.
         local: which of those of its machine.
+        launched: whether torchrun or `--nproc` has started it, and with it all others.
     """
 
     index: int = 0
     count: int = 1
     local: int = 0
+    launched: bool = False
 
     def device(self) -> torch.device:
         """The processor of this process: each takes a GPU of its own, as far as there are so many."""
@@ -54,14 +56,47 @@ class Worker:
         torch.cuda.set_device(device)
         return device
 
+    def tell_end(self) -> None:
+        """Say, where there are others, that this process has answered its share and shows no scores."""
+        if self.count == 1:
+            return
+        said = (
+            f"process {self.index} of {self.count} (RANK={self.index}, WORLD_SIZE={self.count}) has answered its share"
+            " alone; the process that ends last shows the scores"
+        )
+        if self.launched:
+            note(said)
+        else:
+            warn(
+                f"{said}. Neither torchrun nor --nproc has started this one: if no others are at work, unset RANK and "
+                "WORLD_SIZE and give the command again"
+            )
+
 
 def worker_of(environment: Mapping[str, str]) -> Worker:
-    """The place that the variables of torchrun, or of `--nproc`, give this process."""
-    index, count, local = (int(environment.get(key, default)) for key, default in _VARIABLES)
-    return Worker(index=index, count=count, local=local)
+    """The place that the variables of torchrun, or of `--nproc`, give this process; empty ones count as not set.
+
+    Raises:
+        UsageError: they give no place.
+    """
+    said = {key: environment.get(key) or default for key, default in _VARIABLES}
+    texts = ", ".join(f"{key}={value}" for key, value in said.items())
+    if not all(value.isdecimal() for value in said.values()) or not int(said["RANK"]) < int(said["WORLD_SIZE"]):
+        raise UsageError(
+            "the environment gives this process no place among several",
+            why=f"{texts}: RANK counts from 0 to WORLD_SIZE - 1",
+            fix="unset RANK, WORLD_SIZE and LOCAL_RANK, or let torchrun set them",
+        )
+    return Worker(
+        index=int(said["RANK"]),
+        count=int(said["WORLD_SIZE"]),
+        local=int(said["LOCAL_RANK"]),
+        launched=any(environment.get(key) for key in (CHILD, _TORCHRUN)),
+    )
 
 
 _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+_TORCHRUN = "TORCHELASTIC_RUN_ID"  # which torchrun sets in all that it starts
 
 
 class ManyProcesses(click.Command):

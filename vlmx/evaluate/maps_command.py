@@ -50,6 +50,7 @@ share one colour scale. Only caches are read, so neither an encoder nor a GPU is
 @click.option("--box", "box_text", metavar="X,Y,W,H", help="The region, in pixels of the photo as it is stored.")
 @click.option("--run", "run_names", multiple=True, metavar="RUN", shell_complete=complete_run, help="An evaluated run.")
 @click.option("--question", metavar="ID|TEXT", help="With --run: a box question's id, or a part of its text.")
+@click.option("--bench", "benchmark", metavar="NAME", help="With --run: the question's benchmark.  [default: any]")
 @click.option(
     "--frame",
     type=click.Choice(["source", "padded"]),
@@ -64,9 +65,8 @@ share one colour scale. Only caches are read, so neither an encoder nor a GPU is
 @click.option(
     "--data-root",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("data"),
-    show_default=True,
-    help="Where photos of published benchmarks lie; with --run, the question's photo is drawn if it is there.",
+    help="Where published benchmarks and their photos lie; a photo is drawn if it is there.  [default: data; with "
+    "--run where they were when its questions were answered]",
 )
 @click.option(
     "-o",
@@ -84,10 +84,11 @@ def maps(
     box_text: str | None,
     run_names: tuple[str, ...],
     question: str | None,
+    benchmark: str | None,
     frame: str,
     photo: Path | None,
     size: str | None,
-    data_root: Path,
+    data_root: Path | None,
     out: Path,
 ) -> None:
     """Draw which tokens of an image are like those of a region, side by side for several caches.
@@ -100,7 +101,7 @@ def maps(
 
     if out.suffix not in SUFFIXES:
         raise UsageError(f"cannot draw a '{out.suffix}' file", fix=f"let -o end in {', '.join(SUFFIXES)}")
-    region = _region(image, dataset, box_text, run_names, question, caches=caches, data_root=data_root)
+    region = _region(image, dataset, box_text, run_names, question, benchmark, caches=caches, data_root=data_root)
     if not (cache_names or region.answers):
         raise UsageError("no cache is named", fix="give --cache one or more times (vlmx list caches)")
     if photo is not None:
@@ -122,10 +123,12 @@ def _region(
     box_text: str | None,
     run_names: Sequence[str],
     question: str | None,
+    benchmark: str | None,
     *,
     caches: str,
-    data_root: Path,
+    data_root: Path | None,
 ) -> Region:
+    from vlmx.data.published import DATA_ROOT
     from vlmx.evaluate.maps_region import region_of_key, region_of_question
 
     if run_names or question is not None:
@@ -137,10 +140,12 @@ def _region(
         if not run_names or question is None:
             raise UsageError("--run and --question belong together", fix="give both, or --image and --box")
         runs = [RunFolder.open(name, root=RUNS_ROOT) for name in run_names]
-        return region_of_question(runs, question, caches, data_root)
+        return region_of_question(runs, question, caches, data_root=data_root, benchmark=benchmark)
+    if benchmark is not None:
+        raise UsageError("--bench changes nothing without --run and --question", fix="leave it out")
     if image is None or box_text is None:
         raise UsageError("no region is named", fix="give --image and --box, or --run and --question")
-    return region_of_key(image, dataset, box_text, caches=caches, data_root=data_root)
+    return region_of_key(image, dataset, box_text, caches=caches, data_root=data_root or Path(DATA_ROOT))
 
 
 def _panels(region: Region, cache_names: Sequence[str], source_wh: tuple[int, int], caches: str) -> list[Panel]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from vlmx.cache_specs.geometry import Box, Geometry, convert_box
 from vlmx.errors import DataError
 from vlmx.evaluate.maps import RegionMap
+from vlmx.evaluate.plot_text import as_written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +117,8 @@ def draw_maps(
     bar.set_label("cosine similarity with\nthe mean token of the box", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     if title:
-        figure.suptitle(title if len(title) <= _MOST_LETTERS else title[: _MOST_LETTERS - 1] + "…", fontsize=11)
+        short = title if len(title) <= _MOST_LETTERS else title[: _MOST_LETTERS - 1] + "…"
+        figure.suptitle(as_written(short), fontsize=11)
     keys = [Line2D([], [], color="#777777", linewidth=2.2, label="box")]
     if any(panel.answered for panel in panels):
         keys = [
@@ -179,7 +181,7 @@ def _finish(axes: Axes, panel: Panel, frame: Frame, *, title: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     if title:
-        axes.set_title(title, fontsize=9)
+        axes.set_title(as_written(title), fontsize=9)
 
 
 def save_figure(figure: Figure, suffix: str) -> bytes:

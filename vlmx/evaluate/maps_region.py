@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from vlmx.cache_specs.geometry import Box
 from vlmx.errors import DataError, UsageError
+from vlmx.evaluate.aggregate import VQA_QUESTIONS
 from vlmx.runs import RunFolder
 
 if TYPE_CHECKING:
+    from vlmx.evaluate.answers import Header
     from vlmx.evaluate.score import Grade
 
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -125,27 +127,41 @@ def own_photo(key: str, dataset: str, data_root: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def region_of_question(runs: Sequence[RunFolder], wanted: str, caches: str, data_root: Path) -> Region:
+def region_of_question(
+    runs: Sequence[RunFolder],
+    wanted: str,
+    caches: str,
+    *,
+    data_root: Path | None = None,
+    benchmark: str | None = None,
+) -> Region:
     """The box that a question asks for, with what each run answered.
 
     Args:
         runs: evaluated runs.
         wanted: a question's id, or a part of its text.
         caches: folder or url of all caches.
-        data_root: where photos of published benchmarks lie.
+        data_root: where published benchmarks and their photos lie; None: where they were when the run was answered.
+        benchmark: the question's; None to look in all.
 
     Raises:
-        UsageError: no box question of a run is like that, or several are.
+        UsageError: no box question of a run is like that, or several are, or the benchmark has no boxes.
+        DataError: the files of a benchmark are missing or damaged.
     """
     from vlmx.cache_specs.ids import ImageTable
     from vlmx.data.benchmarks import BENCHMARKS
     from vlmx.data.mini.questions import BOX_REQUEST
+    from vlmx.data.published import DATA_ROOT
+    from vlmx.evaluate.compare import key_of
 
-    answers = [(run.name, *_answer(run, wanted)) for run in runs]
-    asked = answers[0][2].question
-    others = {grade.question.id for _, _, grade in answers if grade.question.id != asked.id}
-    if others:
-        raise UsageError(f"'{wanted}' is another question in each run", why=f"{asked.id}, {', '.join(others)}")
+    found = [_answer(run, wanted, benchmark, data_root) for run in runs]
+    asked = found[0][1].question
+    meant = dict.fromkeys(key_of(grade.question) for _, grade in found)
+    if len(meant) > 1:
+        names = ", ".join(f"{name} of {of}" for of, name in meant)
+        raise UsageError(f"'{wanted}' is another question in each run", why=names, fix="give its id, and --bench NAME")
+    answers = [(run.name, header.cache, grade) for run, (header, grade) in zip(runs, found, strict=True)]
+    root = data_root or Path(found[0][0].data_root or DATA_ROOT)
     box, source_wh = asked.region
     dataset = BENCHMARKS.get(asked.benchmark).table
     return Region(
@@ -153,38 +169,54 @@ def region_of_question(runs: Sequence[RunFolder], wanted: str, caches: str, data
         box=box,
         source_wh=source_wh,
         title=asked.prompt.removeprefix(BOX_REQUEST).strip(),
-        photo=own_photo(asked.image, dataset, data_root),
+        photo=own_photo(asked.image, dataset, root),
         answers=tuple(answers),
     )
 
 
-def _answer(run: RunFolder, wanted: str) -> tuple[str, Grade]:
-    """A run's cache and its answer to the one box question that is meant."""
+def _answer(run: RunFolder, wanted: str, benchmark: str | None, data_root: Path | None) -> tuple[Header, Grade]:
+    """What a run's answers were made with, and its answer to the one box question that is meant."""
     from vlmx.evaluate.answers import answered_benchmarks
     from vlmx.evaluate.score import grades_of_run
 
-    found: list[tuple[str, Grade]] = []
-    boxes = 0
-    for benchmark in answered_benchmarks(run, "none"):
-        header, grades = grades_of_run(run, benchmark, "none")
-        asked = [grade for grade in grades if grade.question.kind == "box"]
-        boxes += len(asked)
-        exact = [grade for grade in asked if grade.question.id == wanted]
-        if exact:
-            return header.cache, exact[0]
-        found += [(header.cache, g) for g in asked if wanted.casefold() in g.question.prompt.casefold()]
+    benchmarks = _box_benchmarks(run, answered_benchmarks(run, "none"), benchmark)
+    graded = [grades_of_run(run, name, "none", data_root=data_root) for name in benchmarks]
+    asked = [(header, grade) for header, grades in graded for grade in grades if grade.question.kind == "box"]
+    exact = [(header, grade) for header, grade in asked if grade.question.id == wanted]
+    found = exact or [(h, grade) for h, grade in asked if wanted.casefold() in grade.question.prompt.casefold()]
     if not found:
         raise UsageError(
             f"run '{run.name}' has answered no box question like '{wanted}'",
-            why=f"it has answers to {boxes:,} box questions",
+            why=f"it has answers to {len(asked):,} box questions",
             fix="give a question's id as in answers.jsonl, or a part of its text",
         )
     if len(found) > 1:
-        few = "; ".join(f"{g.question.id}: {g.question.prompt.partition(': ')[2]}" for _, g in found[:_SHOWN])
+        names = ", ".join(dict.fromkeys(header.benchmark for header, _ in found))
+        few = "; ".join(
+            f"{header.benchmark} {grade.question.id}: {grade.question.prompt.partition(': ')[2]}"
+            for header, grade in found[:_SHOWN]
+        )
         raise UsageError(
-            f"'{wanted}' is in {len(found)} questions", why=few, fix="give the id of one of them, or more of its text"
+            f"'{wanted}' is in {len(found)} questions of {names}",
+            why=few,
+            fix="say which benchmark with --bench NAME" if exact else "give the id of one of them, or more of its text",
         )
     return found[0]
+
+
+def _box_benchmarks(run: RunFolder, answered: Sequence[str], wanted: str | None) -> list[str]:
+    """Those of the answered benchmarks in which the question may be; reading the others would only take time."""
+    from vlmx.data.benchmarks import expand
+
+    if wanted is None:
+        return [name for name in answered if name not in VQA_QUESTIONS]
+    names = expand(wanted)
+    there = [name for name in answered if name in names]
+    if not there:
+        raise UsageError(
+            f"run '{run.name}' has no answers to '{wanted}'", why=f"it has answered {', '.join(answered) or 'nothing'}"
+        )
+    return there
 
 
 def source_wh_of(region: Region, photo_wh: tuple[int, int] | None, size: str | None) -> tuple[int, int]:

@@ -7,19 +7,22 @@ a run another experiment (its LLM, its training data, ...) does not choose the r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from vlmx.cache_specs.catalog import backbone_of, stem
 from vlmx.cache_specs.presets import Preset, preset, presets
+from vlmx.errors import UsageError
 from vlmx.evaluate.aggregate import PublishedRow, published_rows
+from vlmx.evaluate.paper_recipe import recipe_remarks
 from vlmx.runs import RunFolder
 
-PAPER_LLM = "Vicuna-7B"
+PAPER_LLM, PAPER_LLM_NAME = "Vicuna-7B v1.5", "vicuna-7b-v1.5"
 PAPER_DATA = "LLaVA-1.5's 665K mixture"
+PAPER_DATA_STEM = "llava_v1_5_mix665k"
 # The rows that the paper calls collapsed: sections 4.4.2 and 4.5.1, and 4.5.2 for the one with the 3-layer connector.
 CALLED_COLLAPSED = frozenset(
     {
@@ -91,6 +94,21 @@ def paper_row(name: str) -> PaperRow:
     return next(row for row in paper_rows() if row.preset is wanted)
 
 
+def named_rows(rows: Sequence[str], runs: int) -> list[str | None]:
+    """The row that is meant for each of `runs` runs, from what the user gave with --row: nothing, one, or one for each.
+
+    Raises:
+        UsageError: it is not clear which row is meant for which run.
+    """
+    if len(rows) not in (0, 1, runs):
+        raise UsageError(
+            "it is not clear which row is meant for which run",
+            why=f"{len(rows)} rows for {runs} runs",
+            fix="give --row once, or once for each run",
+        )
+    return [*rows] if len(rows) == runs else [rows[0] if rows else None] * runs
+
+
 def match_row(
     *, cache: str, connector: str, llm: str = "", data: str = "", encoder_weights: str = "", row: str | None = None
 ) -> RowMatch:
@@ -99,8 +117,8 @@ def match_row(
     Args:
         cache: name of the cache, or of several with + between them.
         connector: its name; "" if it is not known, which no row fits.
-        llm: what the LLM was before training, a name or a path; "" if it is not known.
-        data: what was trained on; "" if it is not known.
+        llm: what the LLM was before training, a name or a path, whose last part counts; "" if it is not known.
+        data: what was trained on, a file, whose stem counts; "" if it is not known.
         encoder_weights: SHA-256 of the encoder's weights or "random:SEED".
         row: name of the row where the user says it; then it is taken, and what does not fit is remarked.
 
@@ -117,25 +135,34 @@ def match_row(
         remarks.append(f"its connector is {connector or 'not known'}, the row's {found.preset.connector}")
     if "random:" in encoder_weights:
         remarks.append("its encoder is untrained")
-    if "vicuna-7b" not in llm.lower():
+    elif encoder_weights:
+        digests = ", ".join(digest[:12] for digest in encoder_weights.split("+"))
+        remarks.append(
+            f"its encoder's weights (sha256 {digests}) are not compared with the paper's: no digest is known"
+        )
+    if PurePath(llm).name.lower() != PAPER_LLM_NAME:
         remarks.append(f"its LLM is {llm or 'not known'}, the paper's {PAPER_LLM}")
-    if "mix665k" not in data.lower():
+    if PurePath(data).stem != PAPER_DATA_STEM:
         remarks.append(f"it was trained on {data or 'unknown data'}, the paper's on {PAPER_DATA}")
     return RowMatch(row=found, remarks=tuple(remarks))
 
 
 def row_of_run(run: RunFolder, *, cache: str, encoder_weights: str = "", row: str | None = None) -> RowMatch:
-    """The row of a run folder.
+    """The row of a run folder, with what is remarkable about its training, too (see `paper_recipe`).
 
     Args:
-        run: its model card and configuration say connector, LLM and data.
+        run: its model card and configuration say connector, LLM, data and recipe.
         cache, encoder_weights: what its answers were made with, as their header says.
         row: see `match_row`.
 
     Raises:
         UnknownNameError: `row` is no row.
     """
-    return match_row(cache=cache, encoder_weights=encoder_weights, row=row, **facts_of_run(run))
+    match = match_row(cache=cache, encoder_weights=encoder_weights, row=row, **facts_of_run(run))
+    if match.row is None:
+        return match
+    spec = _json(run.path / "model" / "model.json").get("spec") or {}
+    return RowMatch(row=match.row, remarks=(*match.remarks, *recipe_remarks(run.config, spec)))
 
 
 def facts_of_run(run: RunFolder) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from vlmx.evaluate.groups import Group, default_batch_size, groups_of, questions
 from vlmx.evaluate.many import Worker
 from vlmx.evaluate.parts import Work
 from vlmx.evaluate.score import questions_of
-from vlmx.evaluate.tokens import image_ids, open_tokens
+from vlmx.evaluate.tokens import image_ids, open_tokens, require_tables
 from vlmx.runs import RunFolder
 
 Answers = Callable[[Sequence[Group]], Iterable[list[Answer]]]
@@ -145,7 +146,7 @@ def predict_run(
         DataError: a benchmark's files are missing or damaged, or an image table lacks images.
         CacheError: the run's cache is missing, was made with another spec, or lacks images of a benchmark.
         SpecMismatchError: the encoder that works on the fly is another one.
-        UsageError: the LLM's tokenizer has no single tokens for a benchmark's options.
+        UsageError: a prompt is too long for the LLM; of all benchmarks this is found before the first answer.
     """
     from vlmx.models.folder import load_model, read_card
 
@@ -156,54 +157,58 @@ def predict_run(
     dtype: Dtype = ("bf16" if device.type == "cuda" else "fp32") if asking.dtype == "auto" else asking.dtype
     visual_tokens = card.grid[0] * card.grid[1]
     batch_size = 1 if asking.exact else asking.batch_size or default_batch_size(visual_tokens)
-    parts = []
-    for name in benchmarks:
-        root = None if table_name(name) == MINI else str(Path(asking.data_root).absolute())
-        questions = questions_of(name, root, asking.wording)
-        header = Header(
-            benchmark=name,
-            control=asking.control,
-            questions=BENCHMARKS.get(name).questions or len(questions),
-            limit=asking.limit,
-            model=hashlib.sha256((folder / "connector.safetensors").read_bytes()).hexdigest(),
-            cache=card.spec.name,
-            fingerprint=card.spec.fingerprint,
-            encoder_weights=card.spec.weights_sha256,
-            geometry=card.spec.geometry.to_dict(),
-            prompt_format=card.prompt,
-            wording=asking.wording,
-            data_root=root,
-            questions_sha256=questions_sha256(questions),
-            slim=asking.slim,
-            asked=len(subset(questions, asking.limit, slim=asking.slim)),
-            batch_size=batch_size,
-            exact=asking.exact,
-            dtype=dtype,
-        )
-        parts.append(plan_benchmark(answers_path(run, name, asking.control), header, questions, worker))
-    if all(part.work.whole for part in parts):
-        note("all of it is answered already")
-        return worker.index == 0
+    model = hashlib.sha256((folder / "connector.safetensors").read_bytes()).hexdigest()
+    parts: list[Part] = []
+    with ExitStack() as stack:
+        for name in benchmarks:
+            files = None if table_name(name) == MINI else str(Path(asking.data_root).absolute())
+            questions = questions_of(name, files, asking.wording)
+            header = Header(
+                benchmark=name,
+                control=asking.control,
+                questions=BENCHMARKS.get(name).questions or len(questions),
+                limit=asking.limit,
+                model=model,
+                cache=card.spec.name,
+                fingerprint=card.spec.fingerprint,
+                encoder_weights=card.spec.weights_sha256,
+                geometry=card.spec.geometry.to_dict(),
+                prompt_format=card.prompt,
+                wording=asking.wording,
+                data_root=files,
+                questions_sha256=questions_sha256(questions),
+                slim=asking.slim,
+                asked=len(subset(questions, asking.limit, slim=asking.slim)),
+                batch_size=batch_size,
+                exact=asking.exact,
+                dtype=dtype,
+            )
+            parts.append(plan_benchmark(answers_path(run, name, asking.control), header, questions, worker))
+            stack.callback(parts[-1].work.close)
+        if all(part.work.whole for part in parts):
+            note("all of it is answered already")
+            return worker.index == 0
 
-    from vlmx.evaluate.answerer import Answerer
+        from vlmx.evaluate.answerer import Answerer
 
-    tables = [part.table for part in parts]
-    reader = open_tokens(run, card.spec, tables, place_of(caches), stream=stream, pull=pull, data_root=asking.data_root)
-    reader.require_spec(card.spec)
-    shown = {part.name: dict.fromkeys(key for group in part.groups for key in group.images) for part in parts}
-    ids = {
-        part.name: image_ids(reader, part.table, shown[part.name], place_of(caches), data_root=asking.data_root)
-        for part in parts
-    }
-    answerer = Answerer(load_model(folder), device, dtype=dtype, exact=asking.exact)
-    last = False
-    for part in parts:
+        root, place = asking.data_root, place_of(caches)
+        tables = [part.table for part in parts]
+        reader = open_tokens(run, card.spec, tables, place, stream=stream, pull=pull, data_root=root)
+        reader.require_spec(card.spec)
+        require_tables(reader, tables, place, data_root=root)
+        shown = {part.name: dict.fromkeys(key for group in part.groups for key in group.images) for part in parts}
+        ids = {part.name: image_ids(reader, part.table, shown[part.name], place, data_root=root) for part in parts}
+        answerer = Answerer(load_model(folder), device, dtype=dtype, exact=asking.exact)
+        for part in parts:
+            answerer.check(part.name, part.work.open, reader.shape.num_tokens)
+        last = False
+        for part in parts:
 
-        def answers(groups: Sequence[Group], name: str = part.name) -> Iterator[list[Answer]]:
-            return answerer.answers(groups, reader, ids[name])
+            def answers(groups: Sequence[Group], name: str = part.name) -> Iterator[list[Answer]]:
+                return answerer.answers(groups, reader, ids[name])
 
-        last |= answer_benchmark(part, answers, control=asking.control, parts=parts)
-    return last
+            last |= answer_benchmark(part, answers, control=asking.control, parts=parts)
+        return last
 
 
 def table_name(benchmark: str) -> str:

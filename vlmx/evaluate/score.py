@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -24,14 +24,14 @@ from vlmx.data.published import DATA_ROOT
 from vlmx.data.records import Box, Question
 from vlmx.data.wording import Wording
 from vlmx.errors import DataError, RunError
-from vlmx.evaluate.answers import Answer, Control, Dtype, Header, answered_benchmarks, answers_path, read_answers
+from vlmx.evaluate.answers import Answer, Control, Dtype, Header, answers_path, read_answers
 from vlmx.evaluate.baselines import baselines_of
 from vlmx.evaluate.groups import questions_sha256
 from vlmx.evaluate.intervals import estimate
 from vlmx.evaluate.metrics import MEAN_OF_TYPES, breakdown, rule_of
 from vlmx.evaluate.metrics.boxes import Comparison, hit_of, overlaps, parse_box
 from vlmx.evaluate.metrics.rule import OptionRule
-from vlmx.runs import RunFolder, write_json
+from vlmx.runs import RunFolder
 
 BoxRule = Literal["exact", "paper"]
 COMPARISON_OF: Mapping[BoxRule, Comparison] = {"exact": "corrected", "paper": "raw"}
@@ -82,7 +82,8 @@ class Score:
         score: percent.
         interval95: bootstrap over images, percent.
         n: number of answers scored.
-        expected: number of questions of the benchmark; `partial` if n is smaller.
+        expected: number of questions of the benchmark as published; files of another version may have more.
+        partial: whether n is smaller than that, or there are `missing` ones.
         missing: how many of the questions that were to be asked have no answer yet.
         invalid: number of answers that could not be read.
         baselines: percent by name (see baselines.py), over the same questions.
@@ -122,11 +123,17 @@ class Score:
 
     @property
     def size(self) -> str:
-        """How many questions were answered, and of how many, and why not of all: "1,024 of 8,910 (slim)"."""
+        """How many questions were answered, and of how many, and why not of all: "1,024 of 8,910 (slim)".
+
+        A subset that was asked for is always named, and so is a file with more questions than were published.
+        """
+        why = ", ".join(filter(None, [self.subset, f"{self.missing:,} not answered yet" if self.missing else ""]))
+        known = f" ({why})" if why else ""
+        if self.n > self.expected:
+            return f"{self.n:,} of {self.expected:,} published{known}: another version"
         if not self.partial:
-            return f"{self.n:,}"
-        why = [self.subset, f"{self.missing:,} not answered yet" if self.missing else ""]
-        return f"{self.n:,} of {self.expected:,} ({', '.join(filter(None, why)) or 'partial'})"
+            return f"{self.n:,}{known}"
+        return f"{self.n:,} of {self.expected:,}{known or ' (partial)'}"
 
     @property
     def made_with(self) -> str:
@@ -268,7 +275,7 @@ def score_grades(header: Header, grades: Sequence[Grade], *, box_rule: BoxRule =
         interval95=overall.interval95,
         n=len(grades),
         expected=header.questions,
-        partial=len(grades) < header.questions,
+        partial=len(grades) < max(header.questions, header.to_ask),
         missing=header.to_ask - len(grades),
         invalid=sum(not g.valid for g in grades),
         baselines={str(name): value for name, value in baselines_of(asked).items()},
@@ -346,34 +353,3 @@ def grades_of_run(
 def questions_of(benchmark: str, data_root: str | None = None, wording: Wording = "default") -> tuple[Question, ...]:
     """The questions of a benchmark, loaded once a process: a report grades the same ones for every run."""
     return tuple(load_benchmark(benchmark, root=data_root or DATA_ROOT, wording=wording))
-
-
-def score_run(
-    run: RunFolder,
-    *,
-    box_rule: BoxRule = "exact",
-    data_root: str | Path | None = None,
-    benchmarks: Sequence[str] | None = None,
-    controls: Sequence[Control] = ("none", "shuffled"),
-) -> list[Score]:
-    """Score answers of a run and write a scores.json beside each answers.jsonl.
-
-    Args:
-        box_rule, data_root: see `grades_of_run`.
-        benchmarks, controls: which; None: all that have answers.
-
-    Raises:
-        RunError: the run has no answers at all, or some are damaged.
-    """
-    scores = []
-    for control in controls:
-        for benchmark in answered_benchmarks(run, control):
-            if benchmarks is not None and benchmark not in benchmarks:
-                continue
-            header, grades = grades_of_run(run, benchmark, control, box_rule=box_rule, data_root=data_root)
-            score = score_grades(header, grades, box_rule=box_rule)
-            write_json(answers_path(run, benchmark, control).with_name("scores.json"), asdict(score))
-            scores.append(score)
-    if not scores:
-        raise RunError(f"run '{run.name}' has no answers to score", fix=f"give `vlmx eval --run {run.path}` first")
-    return scores

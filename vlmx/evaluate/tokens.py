@@ -80,6 +80,27 @@ def open_tokens(
     return open_stream(config, {name: config.images or name for name in datasets}, caches)
 
 
+def require_tables(
+    reader: TokenSource, tables: Iterable[str], caches: Place, *, data_root: str | Path = DATA_ROOT
+) -> None:
+    """See that all these image tables are there.
+
+    Raises:
+        DataError: some are not; the fix is one command an encoder that makes all of them.
+    """
+    there = set(table_names(caches))
+    missing = [table for table in dict.fromkeys(tables) if table not in there]
+    if missing:
+        names = " and ".join(f"'{table}'" for table in missing)
+        raise DataError(
+            f"the images of {names} have no tokens yet",
+            why=f"{caches} has no image table {names}",
+            fix=" && ".join(
+                extract_commands([part], ",".join(missing)) + _elsewhere(data_root) for part in reader.parts
+            ),
+        )
+
+
 def image_ids(
     reader: TokenSource, table: str, keys: Iterable[str], caches: Place, *, data_root: str | Path = DATA_ROOT
 ) -> dict[str, str]:
@@ -119,9 +140,9 @@ def image_ids(
 
 
 def _commands(spec: TokenSpec, datasets: Sequence[str], caches: Place, data_root: str | Path) -> str:
-    """What to type for a cache that does not exist yet, as far as its spec tells; a command an encoder and data set."""
+    """What to type for a cache that does not exist yet, as far as its spec tells; a command an encoder."""
     specs = spec.parts if isinstance(spec, FusedSpec) else (spec,)
-    return " && ".join(_command(part, data, caches, data_root) for part in specs for data in dict.fromkeys(datasets))
+    return " && ".join(_command(part, ",".join(dict.fromkeys(datasets)), caches, data_root) for part in specs)
 
 
 def _command(spec: CacheSpec, data: str, caches: Place, data_root: str | Path) -> str:

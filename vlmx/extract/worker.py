@@ -105,8 +105,8 @@ def worker_of(environ: Mapping[str, str]) -> Worker:
         child = json.loads(environ[CHILD])
         index, count, local, number = child["index"], child["count"], child["index"], child["count"]
     else:  # torchrun's names; one process without them
-        index, count = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
-        local, number = int(environ.get("LOCAL_RANK", "0")), int(environ.get("LOCAL_WORLD_SIZE", str(count)))
+        index, count = int(environ.get("RANK") or 0), int(environ.get("WORLD_SIZE") or 1)
+        local, number = int(environ.get("LOCAL_RANK") or 0), int(environ.get("LOCAL_WORLD_SIZE") or count)
         child = {}
     return Worker(
         part=Part(index=task.index * count + index, count=task.count * count),

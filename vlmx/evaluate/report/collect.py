@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ from vlmx.cache_specs.catalog import stem
 from vlmx.cache_specs.places import Place
 from vlmx.console import note
 from vlmx.data.published import DATA_ROOT
-from vlmx.errors import RunError, UsageError
-from vlmx.evaluate.beside import PAPER_QUESTIONS
+from vlmx.errors import RunError
+from vlmx.evaluate.beside import PAPER_QUESTIONS, part_of, weights_of
 from vlmx.evaluate.compare import Difference
-from vlmx.evaluate.paper_rows import PaperRow, paper_rows
+from vlmx.evaluate.paper_rows import PaperRow, named_rows, paper_rows
 from vlmx.evaluate.probe import ProbeResult, read_probe
 from vlmx.evaluate.report.rankings import Contestant, Ranking, pairs, rankings
-from vlmx.evaluate.report.run_data import RunData, part_of, read_run
+from vlmx.evaluate.report.run_data import RunData, read_run
 from vlmx.evaluate.score import BoxRule
 from vlmx.runs import RunFolder
 
@@ -39,7 +39,7 @@ class Report:
         box_rule: how boxes were compared.
         caches: folder or url of all caches.
         data_roots: by benchmark the folder below which its photos may lie.
-        partial: whether any score covers only a part of its benchmark.
+        partial: whether any score is over other questions than all of its benchmark (`vlmx.evaluate.beside.part_of`).
     """
 
     runs: Sequence[RunData]
@@ -88,8 +88,10 @@ def collect(
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise RunError("two of the runs have the same name", why=", ".join(names), fix="rename one of the folders")
-    row_of = _row_names(runs, rows)
-    data = [read_run(run, caches=caches, row=row_of[run.name], box_rule=box_rule, data_root=data_root) for run in runs]
+    data = [
+        read_run(run, caches=caches, row=row, box_rule=box_rule, data_root=data_root)
+        for run, row in zip(runs, named_rows(rows, len(runs)), strict=True)
+    ]
     if len({run.cache for run in data}) > len({run.encoder for run in data}):  # one backbone at several sizes
         data = [replace(run, encoder=stem(run.cache)) for run in data]
     kinds = _kinds(data)
@@ -108,6 +110,7 @@ def collect(
         )
         for run in data
     ]
+    weights = weights_of(score for run in data for score in run.scores.values())
     probes = {run.cache: read_probe(caches, run.cache) for run in data}
     mini = {run.cache for run in data if any(name not in PAPER_QUESTIONS for name in run.scores)}
     for cache in (cache for cache, result in probes.items() if result is None and cache in mini):
@@ -117,8 +120,8 @@ def collect(
         benchmarks=[*text, *boxes],
         text_benchmarks=text,
         box_benchmarks=boxes,
-        rankings=rankings(contestants, list(groups)),
-        pairs=pairs(contestants, list(groups)) if len(data) <= MOST_PAIRED else [],
+        rankings=rankings(contestants, list(groups), weights=weights),
+        pairs=pairs(contestants, list(groups), weights=weights) if len(data) <= MOST_PAIRED else [],
         probes={cache: result for cache, result in probes.items() if result is not None},
         published=paper_rows() if published else (),
         box_rule=box_rule,
@@ -130,17 +133,6 @@ def collect(
         },
         partial=any(part_of(score) for run in data for score in (*run.scores.values(), *run.control_scores.values())),
     )
-
-
-def _row_names(runs: Sequence[RunFolder], rows: Sequence[str]) -> dict[str, str | None]:
-    if len(rows) not in (0, 1, len(runs)):
-        raise UsageError(
-            "it is not clear which row is meant for which run",
-            why=f"{len(rows)} rows for {len(runs)} runs",
-            fix="give --row once, or once for each run",
-        )
-    named: Sequence[str | None] = [rows[0]] * len(runs) if len(rows) == 1 else rows or [None] * len(runs)
-    return {run.name: row for run, row in zip(runs, named, strict=True)}
 
 
 def _kinds(runs: Sequence[RunData]) -> dict[str, str]:
@@ -165,11 +157,15 @@ def score_rows(report: Report) -> list[dict[str, Any]]:
                     "score": round(score.score, 4),
                     "low95": round(low, 4),
                     "high95": round(high, 4),
-                    **{key: asdict(score)[key] for key in ("n", "expected", "partial", "invalid")},
+                    **{key: getattr(score, key) for key in ("n", "expected", "partial", "missing", "invalid")},
+                    "part": part_of(score),
                     **{name: _rounded(score.baselines.get(name)) for name in ("prior", "random_object", "mean_box")},
                     "metric": score.metric,
+                    **{key: getattr(score, key) for key in ("wording", "boxes", "subset", "dtype", "exact")},
                     "cache": score.cache,
                     "fingerprint": score.fingerprint,
+                    "encoder_weights": score.encoder_weights,
+                    "model": score.model,
                 }
             )
     return rows

@@ -18,6 +18,9 @@ from vlmx.runs import RunFolder
 
 if TYPE_CHECKING:
     from vlmx.evaluate.report.collect import Report
+    from vlmx.evaluate.score import Score
+
+_PARTIAL = "†"
 
 EPILOG = """\b
 Worked examples:
@@ -109,6 +112,7 @@ def _csv(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def _print(found: Report) -> None:
+    from vlmx.evaluate.beside import part_of
     from vlmx.evaluate.report.html import alarm_of
     from vlmx.evaluate.report.paper_table import title_of
     from vlmx.evaluate.report.rankings import SUBJECT_TEXT
@@ -120,15 +124,18 @@ def _print(found: Report) -> None:
         if any(values):
             rows.append((name.replace("_", " "), *values, "", "", ""))
     for run in found.runs:
-        cells = [f"{run.scores[b].score:.1f}" if b in run.scores else "" for b in found.benchmarks]
-        means = [f"{run.pooled[g].score:.1f}" if g in run.pooled else "" for g in ("VQA", "boxes", "overall")]
+        cells = [_cell(run.scores.get(benchmark)) for benchmark in found.benchmarks]
+        kinds = {"VQA": ("text",), "boxes": ("box",), "overall": ("text", "box")}
+        partial = {score.kind for score in run.scores.values() if part_of(score)}
+        means = [
+            f"{run.pooled[group].score:.1f}{_PARTIAL if partial & set(members) else ''}" if group in run.pooled else ""
+            for group, members in kinds.items()
+        ]
         rows.append((run.name, *cells, *means))
         if run.control_scores:
-            control = [
-                f"{run.control_scores[b].score:.1f}" if b in run.control_scores else "" for b in found.benchmarks
-            ]
+            control = [_cell(run.control_scores.get(benchmark)) for benchmark in found.benchmarks]
             rows.append(("  images shuffled", *control, "", "", ""))
-    table(columns, rows, title="partial: not all questions were asked" if found.partial else "")
+    table(columns, rows, title=f"{_PARTIAL} not over all of the benchmark's questions" if found.partial else "")
     for subject, ranked in groupby(found.rankings, key=attrgetter("subject")):
         click.echo(f"{SUBJECT_TEXT[subject]}:")
         for ranking in ranked:
@@ -137,6 +144,12 @@ def _print(found: Report) -> None:
     for run in found.runs:
         if alarm := alarm_of(run):
             warn(alarm)
+
+
+def _cell(score: Score | None) -> str:
+    from vlmx.evaluate.beside import part_of
+
+    return "" if score is None else f"{score.score:.1f}{_PARTIAL if part_of(score) else ''}"
 
 
 def _baseline_cell(found: Report, benchmark: str, name: str) -> str:

@@ -9,7 +9,7 @@ import yaml
 
 from vlmx import __version__
 from vlmx.evaluate.baselines import BASELINE_TEXT
-from vlmx.evaluate.beside import AVERAGE_TEXT
+from vlmx.evaluate.beside import AVERAGE_TEXT, part_of
 from vlmx.evaluate.maps_plot import COLORS
 from vlmx.evaluate.report.collect import Report
 from vlmx.evaluate.report.correlation import heat_map
@@ -18,7 +18,7 @@ from vlmx.evaluate.report.paper_table import made_with, paper_table, printed, re
 from vlmx.evaluate.report.plots import color_of, loss_plot, result_plot
 from vlmx.evaluate.report.published_plots import averages_plot, strip_plot
 from vlmx.evaluate.report.rankings import SUBJECT_TEXT
-from vlmx.evaluate.report.run_data import RunData, part_of
+from vlmx.evaluate.report.run_data import RunData
 from vlmx.evaluate.report.samples import choose_samples, said
 from vlmx.evaluate.score import Score
 
@@ -70,7 +70,7 @@ def render(report: Report) -> str:
         configs={run.name: config_text(run) for run in report.runs},
         remarks={run.name: remarks_of(run) for run in report.runs},
         has_control=any(run.control_scores for run in report.runs),
-        made_with={run.name: made_with(run) for run in report.runs},
+        made_with={run.name: made_with(run.scores.values()) for run in report.runs},
         made_with_groups=_made_with_groups(report),
         metrics=sorted({score.metric for run in report.runs for score in run.scores.values()}),
         **_beside(report),
@@ -96,7 +96,7 @@ def _made_with_groups(report: Report) -> dict[str, list[str]]:
     """How questions were worded and boxes compared -> the runs of which this is so."""
     found: dict[str, list[str]] = {}
     for run in report.runs:
-        found.setdefault("; or ".join(made_with(run)), []).append(run.name)
+        found.setdefault("; or ".join(made_with(run.scores.values())), []).append(run.name)
     return found
 
 
@@ -108,7 +108,7 @@ def alarm_of(run: RunData) -> str:
         run.name,
         f"the published {run.row.row.label}",
         connector=run.connector,
-        resolution=run.row.row.preset.resolution,
+        resolution=run.resolution,
     )
 
 

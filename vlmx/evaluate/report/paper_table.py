@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
 from vlmx.evaluate.aggregate import LOC_QUESTIONS, VQA_QUESTIONS, average
-from vlmx.evaluate.beside import PAPER_QUESTIONS
+from vlmx.evaluate.beside import PAPER_QUESTIONS, part_of, weights_of
 from vlmx.evaluate.paper_rows import PaperRow
 from vlmx.evaluate.report.collect import Report
-from vlmx.evaluate.report.run_data import RunData, part_of
+from vlmx.evaluate.report.run_data import RunData
+from vlmx.evaluate.score import Score
 
 MODEL = ("pretrained", "encoder", "connector", "params", "in1k", "image_size", "tokens")
 WEIGHTED_VQA, WEIGHTED_LOC, WEIGHTED_OVERALL = "weighted_vqa", "weighted_loc", "weighted_overall"
@@ -51,15 +53,19 @@ class TableRow:
         run: name of the run; "" for a row that the paper printed.
         model: MODEL's columns as text.
         scores: percent by column, averages included; columns without a score are not in it.
-        partial: columns whose score covers only a part of the questions.
-        remarks: what a reader has to know about the scores.
+        partial: columns whose score is over other questions than all of the benchmark.
+        data: the run with all that is known of it; None for a row that the paper printed.
     """
 
     run: str
     model: Mapping[str, str]
     scores: Mapping[str, float]
     partial: frozenset[str] = frozenset()
-    remarks: tuple[str, ...] = ()
+    data: RunData | None = None
+
+    def remarks(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """What a reader has to know about the scores in these columns."""
+        return () if self.data is None else remarks_of(self.data, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +116,7 @@ def _row_of_run(run: RunData, vqa: Sequence[str], loc: Sequence[str]) -> TableRo
     partial = {name for name in scores if part_of(run.scores[name])}
     for average_name, members in ((WEIGHTED_VQA, vqa), (WEIGHTED_LOC, loc), (WEIGHTED_OVERALL, (*vqa, *loc))):
         if members and all(name in scores for name in members):
-            weights = {name: _questions(name, run) for name in members}
+            weights = weights_of(run.scores[name] for name in members)
             scores[average_name] = average({name: scores[name] for name in members}, weights)[0]
             if partial & set(members):
                 partial.add(average_name)
@@ -119,12 +125,8 @@ def _row_of_run(run: RunData, vqa: Sequence[str], loc: Sequence[str]) -> TableRo
         model=_model(run),
         scores=scores,
         partial=frozenset(partial),
-        remarks=remarks_of(run),
+        data=run,
     )
-
-
-def _questions(benchmark: str, run: RunData) -> int:
-    return PAPER_QUESTIONS.get(benchmark, run.scores[benchmark].expected)
 
 
 def _model(run: RunData) -> dict[str, str]:
@@ -142,16 +144,22 @@ def _model(run: RunData) -> dict[str, str]:
     }
 
 
-def remarks_of(run: RunData) -> tuple[str, ...]:
-    """What a reader of a run's numbers has to know: parts of benchmarks, wording, how boxes were compared."""
-    found = [f"{name}: {part}" for name, score in run.scores.items() if (part := part_of(score))]
-    found += [f"{name}: {score.invalid:,} answers not readable" for name, score in run.scores.items() if score.invalid]
-    return (*found, *made_with(run))
+def remarks_of(run: RunData, benchmarks: Collection[str] | None = None) -> tuple[str, ...]:
+    """What a reader of a run's numbers has to know: parts of benchmarks, wording, how boxes were compared.
+
+    Args:
+        run: what is read.
+        benchmarks: those whose numbers are; None: all of the run.
+    """
+    scores = {name: score for name, score in run.scores.items() if benchmarks is None or name in benchmarks}
+    found = [f"{name}: {part}" for name, score in scores.items() if (part := part_of(score))]
+    found += [f"{name}: {score.invalid:,} answers not readable" for name, score in scores.items() if score.invalid]
+    return (*found, *made_with(scores.values()))
 
 
-def made_with(run: RunData) -> list[str]:
-    """How a run's questions were worded and its boxes compared; several texts only if its benchmarks differ in that."""
-    said = sorted({score.made_with for score in run.scores.values()})
+def made_with(scores: Iterable[Score]) -> list[str]:
+    """How questions were worded and boxes compared; several texts only if the benchmarks differ in that."""
+    said = sorted({score.made_with for score in scores})
     return [text for text in said if not any(other.startswith(f"{text};") for other in said)]
 
 
@@ -173,7 +181,7 @@ def to_csv(table: PaperTable) -> str:
     writer.writerow([*MODEL, *table.columns, "run", "remarks"])
     for row in table.rows:
         scores = [printed(row.scores[name]) if name in row.scores else "" for name in table.columns]
-        writer.writerow([*(row.model[name] for name in MODEL), *scores, row.run, "; ".join(row.remarks)])
+        writer.writerow([*(row.model[name] for name in MODEL), *scores, row.run, "; ".join(row.remarks(table.columns))])
     return buffer.getvalue()
 
 
@@ -202,10 +210,13 @@ def _latex_table(table: PaperTable, columns: Sequence[str], caption: str) -> str
         " & ".join(escaped(head) for _, head in heads) + r" \\",
         r"\midrule",
     ]
+    looks = Counter(tuple(_model_cell(row, name) for name in _OF_MODEL_IN_LATEX) for row in table.rows if row.run)
     for number, row in enumerate(table.rows):
         if number and table.rows[number - 1].run and not row.run:
             lines.append(r"\midrule")
         cells = [_model_cell(row, name) for name in _OF_MODEL_IN_LATEX]
+        if looks[tuple(cells)] > 1 and row.run:
+            cells[_OF_MODEL_IN_LATEX.index("encoder")] += f" ({escaped(row.run)})"
         cells += [_score_cell(row, name, best[name]) for name in columns]
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
@@ -219,14 +230,16 @@ def _notes(table: PaperTable, columns: Sequence[str]) -> list[str]:
     """What stands below a LaTeX table: the dagger, where the published rows begin, and remarks, equal ones together."""
     notes = []
     if any(name in row.partial for row in table.rows for name in columns):
-        notes.append(rf"{DAGGER} a part of the benchmark's questions.")
+        notes.append(rf"{DAGGER} not over all of the benchmark's questions, or not over the paper's.")
     runs = [row for row in table.rows if row.run]
     if runs and len(runs) < len(table.rows):
         notes.append("Below the line: as published.")
     said: dict[str, list[str]] = {}
     for row in runs:
-        said.setdefault("; ".join(row.remarks), []).append(row.run)
+        said.setdefault("; ".join(row.remarks(columns)), []).append(row.run)
     for text, names in said.items():
+        if not text:  # it has no score in this table
+            continue
         who = "" if len(said) == 1 else f"{escaped(', '.join(names))}: "
         notes.append(f"{who}{escaped(text)}.")
     return notes

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vlmx.console import note
 from vlmx.data.records import Question
+from vlmx.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
 MOST_PX = 480  # longer side of a photo in the page
@@ -40,8 +42,7 @@ class Picture:
 def picture_of(question: Question, data_root: Path) -> Picture | None:
     """The question's image where it is at hand: drawn by the mini study, or a photo below the data root.
 
-    Raises:
-        DataError: the file is there and is not an image.
+    Of a file that is there and is no image, or a damaged one, this is noted.
     """
     from vlmx.data.mini.study import BENCHMARKS, image_bytes_of
     from vlmx.evaluate.maps_plot import pixels_of
@@ -52,7 +53,11 @@ def picture_of(question: Question, data_root: Path) -> Picture | None:
     path = data_root / question.image
     if not path.is_file():
         return None
-    pixels_HW3 = pixels_of(path.read_bytes(), name=str(path))
+    try:
+        pixels_HW3 = pixels_of(path.read_bytes(), name=str(path))
+    except DataError as error:
+        note(f"{error.what}: {error.why}; the page goes without this photo")
+        return None
     return Picture(uri=_jpeg_uri(smaller(pixels_HW3, MOST_PX)), source_wh=_wh(pixels_HW3), pixelated=False)
 
 

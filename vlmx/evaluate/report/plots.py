@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlmx.evaluate.plot_text import as_written
 from vlmx.evaluate.report.collect import Report
 from vlmx.evaluate.report.paper_table import title_of
 from vlmx.evaluate.report.run_data import RunData
@@ -44,7 +45,7 @@ def result_plot(report: Report) -> str:
         axes.plot([max(baselines)] * 2, [top, bottom], color=INK, linewidth=1.4, zorder=4)
     axes.set_yticks(
         [place * step + (len(report.runs) - 1) / 2 for place in range(len(benchmarks))],
-        [title_of(name) for name in benchmarks],
+        [as_written(title_of(name)) for name in benchmarks],
     )
     axes.set_ylim(len(benchmarks) * step - 0.6, -1.2)
     axes.set_xlim(0, 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vlmx.evaluate.plot_text import as_written
 from vlmx.evaluate.report.paper_table import WEIGHTED_LOC, WEIGHTED_VQA, PaperTable, TableRow, title_of
 from vlmx.evaluate.report.plots import INK, RULE, figure_of, svg_of
 
@@ -53,7 +54,7 @@ def averages_plot(table: PaperTable, colors: Mapping[str, str]) -> str:
     for row in _runs_with_averages(table):
         at = (row.scores[WEIGHTED_VQA], row.scores[WEIGHTED_LOC])
         axes.plot(*at, marker="*", markersize=15, color=colors[row.run], markeredgecolor=INK, markeredgewidth=0.8)
-        axes.annotate(row.run, at, xytext=(8, 4), textcoords="offset points", fontsize=8, color=INK)
+        axes.annotate(as_written(row.run), at, xytext=(8, 4), textcoords="offset points", fontsize=8, color=INK)
     axes.set_xlabel("weighted VQA, percent")
     axes.set_ylabel("weighted localization, percent")
     axes.grid(color=RULE, linewidth=0.6)
@@ -76,7 +77,7 @@ def strip_plot(table: PaperTable, colors: Mapping[str, str]) -> str:
             if row.run and name in row.scores:
                 (dot,) = axes.plot(row.scores[name], place, "o", markersize=7, clip_on=False, zorder=5)
                 dot.set(color=colors[row.run], markeredgecolor=INK)
-    axes.set_yticks(range(len(benchmarks)), [title_of(name) for name in benchmarks])
+    axes.set_yticks(range(len(benchmarks)), [as_written(title_of(name)) for name in benchmarks])
     axes.set_ylim(len(benchmarks) - 0.5, -0.6)
     axes.set_xlim(0, 100)
     axes.set_xlabel("score in percent")

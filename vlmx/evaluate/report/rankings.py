@@ -50,8 +50,10 @@ class Ranking:
     steps: Sequence[Difference]
 
 
-def rankings(contestants: Sequence[Contestant], groups: Sequence[str]) -> list[Ranking]:
-    """Rankings of whatever there are two or more of.
+def rankings(
+    contestants: Sequence[Contestant], groups: Sequence[str], *, weights: Mapping[str, float]
+) -> list[Ranking]:
+    """Rankings of whatever there are two or more of; `weights` as of `vlmx.evaluate.beside.weights_of`.
 
     Encoders and connectors are averaged over each other only if every combination was run exactly once; otherwise an
     average would mix what differs with what was left out.
@@ -68,7 +70,7 @@ def rankings(contestants: Sequence[Contestant], groups: Sequence[str]) -> list[R
                     members[getattr(contestant, subject)].append(contestant.grades[group])
             if len(members) > 1:
                 try:
-                    steps = order({name: mean_grades(rows) for name, rows in members.items()})
+                    steps = order({name: mean_grades(rows) for name, rows in members.items()}, counts=weights)
                 except UsageError:  # no question that all of them answered, so there is no order
                     continue
                 result.append(Ranking(subject=subject, group=group, steps=steps))
@@ -98,7 +100,9 @@ def mean_grades(rows: Sequence[Sequence[Grade]]) -> list[Grade]:
     ]
 
 
-def pairs(contestants: Sequence[Contestant], groups: Sequence[str]) -> list[dict[str, Difference]]:
+def pairs(
+    contestants: Sequence[Contestant], groups: Sequence[str], *, weights: Mapping[str, float]
+) -> list[dict[str, Difference]]:
     """For every two runs their differences by group; a group in which they share no question is left out."""
     if len(contestants) < 2:
         return []
@@ -108,7 +112,7 @@ def pairs(contestants: Sequence[Contestant], groups: Sequence[str]) -> list[dict
     result = []
     for first, second in combinations(contestants, 2):
         shared = [group for group in groups if asked[first.run, group] & asked[second.run, group]]
-        found = {g: compare(first.run, first.grades[g], second.run, second.grades[g]) for g in shared}
+        found = {g: compare(first.run, first.grades[g], second.run, second.grades[g], counts=weights) for g in shared}
         if found:
             result.append(found)
     return result

@@ -13,7 +13,7 @@ from vlmx.console import note
 from vlmx.errors import RunError, UnknownNameError
 from vlmx.evaluate.aggregate import Averages, averages_by_questions
 from vlmx.evaluate.answers import answered_benchmarks
-from vlmx.evaluate.beside import PAPER_QUESTIONS, BesidePaper, beside_paper
+from vlmx.evaluate.beside import PAPER_QUESTIONS, BesidePaper, beside_paper, weights_of
 from vlmx.evaluate.compare import mean
 from vlmx.evaluate.paper_rows import PaperRow, RowMatch, row_of_run
 from vlmx.evaluate.score import BoxRule, Grade, Score, grades_of_run, score_grades
@@ -22,7 +22,7 @@ from vlmx.runs import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """A mean over the questions of several benchmarks, in percent."""
+    """A mean over several benchmarks, in percent, weighted as `vlmx.evaluate.beside.weights_of` says."""
 
     score: float
     interval95: tuple[float, float]
@@ -45,8 +45,7 @@ class RunData:
         own_row: the published row that it corresponds to, whatever it is compared with; None if there is none.
         beside: its numbers beside that row's; None without a row, or without a benchmark of the paper.
         averages: weighted over the benchmarks of the run; None if it lacks text or box benchmarks.
-        pooled: mean over all questions of a group ("VQA", "boxes", "overall"), which is the same weighting, with its
-            interval.
+        pooled: mean over a group ("VQA", "boxes", "overall") with the same weights, and its interval.
         losses: (step, loss) as logged.
         config, environment, status, card: the run's files as plain data.
     """
@@ -75,20 +74,15 @@ class RunData:
     card: Mapping[str, Any]
 
     @property
+    def resolution(self) -> str:
+        """Height x width of the encoder's input, e.g. "512x512"."""
+        geometry = next(iter(self.headers.values()))["geometry"]
+        return f"{geometry['height']}x{geometry['width']}"
+
+    @property
     def of_paper(self) -> bool:
         """Whether it has answered any of the paper's benchmarks."""
         return any(name in PAPER_QUESTIONS for name in self.scores)
-
-
-def part_of(score: Score) -> str:
-    """How many questions were answered, and of how many, if that is only a part of the benchmark; else "".
-
-    A benchmark of the paper is a part when it has fewer questions than the paper's, whatever its files had.
-    """
-    papers = PAPER_QUESTIONS.get(score.benchmark, score.expected)
-    if score.partial or score.n >= papers:
-        return score.size if score.partial else ""
-    return f"{score.n:,} of {papers:,}"
 
 
 def read_run(
@@ -156,7 +150,7 @@ def read_run(
 
 
 def _averages(scores: Mapping[str, Score]) -> Averages | None:
-    counts = {kind: {n: s.n for n, s in scores.items() if s.kind == kind} for kind in ("text", "box")}
+    counts = {kind: weights_of(s for s in scores.values() if s.kind == kind) for kind in ("text", "box")}
     if not (counts["text"] and counts["box"]):
         return None
     percent = {name: score.score for name, score in scores.items()}
@@ -173,7 +167,7 @@ def _pooled(scores: Mapping[str, Score], grades: Mapping[str, Sequence[Grade]]) 
     result = {}
     for group, graded in members.items():
         if graded:
-            found = mean(graded)
+            found = mean(graded, counts=weights_of(scores.values()))
             result[group] = Pooled(score=found.value, interval95=found.interval95, n=len(graded))
     return result
 

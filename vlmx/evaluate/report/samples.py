@@ -12,6 +12,8 @@ from vlmx.evaluate.report.collect import Report
 from vlmx.evaluate.report.pictures import Picture, picture_of
 from vlmx.evaluate.score import Grade
 
+_MOST_LETTERS = 600  # of an answer, a question or a truth
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -90,8 +92,8 @@ def _sample(report: Report, why: str, grades: Mapping[str, Grade]) -> Sample:
         asked=question,
         benchmark=question.benchmark,
         why=why,
-        question=text_of(question),
-        truth=_box_text(question) if question.kind == "box" else _agreed(question.answers),
+        question=_short(text_of(question)),
+        truth=_box_text(question) if question.kind == "box" else _short(_agreed(question.answers)),
         picture=picture,
         image_wh=picture.source_wh if picture else question.image_wh,
         box=question.box,
@@ -100,15 +102,20 @@ def _sample(report: Report, why: str, grades: Mapping[str, Grade]) -> Sample:
 
 
 def said(grade: Grade) -> str:
-    """An answer as the page shows it: as it was written, and what an option's letter stands for."""
+    """An answer as the page shows it: as it was written, unless it is long, and what an option's letter stands for."""
     from vlmx.evaluate.metrics import rule_of
     from vlmx.evaluate.metrics.rule import OptionRule
 
     rule = rule_of(grade.question.benchmark)
     if not (grade.question.options and isinstance(rule, OptionRule)):
-        return grade.text
+        return _short(grade.text)
     read = rule.clean_prediction(grade.text) if grade.probabilities is None else rule.chosen(grade.probabilities)
-    return grade.text if read.casefold() == grade.text.casefold() else f"{grade.text} = {read}"
+    return _short(grade.text if read.casefold() == grade.text.casefold() else f"{grade.text} = {read}")
+
+
+def _short(text: str) -> str:
+    more = len(text) - _MOST_LETTERS
+    return text if more <= 0 else f"{text[:_MOST_LETTERS]}… ({more:,} more characters)"
 
 
 def text_of(question: Question) -> str:
