@@ -52,7 +52,9 @@ def start(command, out):
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_stops(world, whole, tmp_path, number, code):
     out = tmp_path / "run"
     process = start([sys.executable, "-m", "vlmx", "train", *arguments(world, out, *LONG)], out)
@@ -71,6 +73,7 @@ def test_a_signal_saves_and_stops(world, whole, tmp_path, number, code):
         assert torch.equal(weights(run)[key], value), key
 
 
+@pytest.mark.slow
 def test_torchrun_is_stopped_and_one_process_goes_on(world, whole, tmp_path):
     out = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -62,7 +62,7 @@ def questions(seed, *, images=5, rows=14, common=3, longest=20):
     return visual_UND, [dice.randrange(images) for _ in range(rows)], prompts
 
 
-QUICK = ("llama", "table of positions", "alibi")
+QUICK = ("llama", "table of positions")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LLMS])

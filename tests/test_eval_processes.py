@@ -160,6 +160,7 @@ def test_nproc_within_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate.main(["--run", "any", "--nproc", "2"], standalone_mode=False)
 
 
+@pytest.mark.slow
 def test_one_of_several_is_killed(world: Path, whole: dict[str, bytes]) -> None:
     """The other one goes on to its end, the command says who died, and the next one does the rest."""
     forget(world)

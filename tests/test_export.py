@@ -217,9 +217,9 @@ ENDS_ITS_TURNS = (  # no BOS, an end that is not EOS, a block before each answer
 @pytest.mark.parametrize(
     ("prompt", "rope", "template"),
     [
-        ("plain", "fp32", None),
+        pytest.param("plain", "fp32", None, marks=pytest.mark.slow),
         ("vicuna-v1.5", "bf16", None),
-        ("chat", "fp32", None),
+        pytest.param("chat", "fp32", None, marks=pytest.mark.slow),
         ("chat", "fp32", ENDS_ITS_TURNS),
     ],
 )

@@ -52,6 +52,7 @@ def test_without_a_compiler_torch_computes_and_the_reason_is_known(tmp_path: Pat
     assert "compiler" in why
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_kept_kernel_needs_no_compiler_and_heals_when_it_is_damaged(tmp_path: Path) -> None:
     assert probe(tmp_path)[0] == "native"

@@ -164,6 +164,7 @@ def two(world):
     return RunFolder(out)
 
 
+@pytest.mark.slow
 def test_torchrun_has_the_same_losses(plain, two):
     assert two.status["state"] == "done"
     assert two.status["order_digest"] == plain.status["order_digest"]
@@ -198,6 +199,7 @@ def test_killed_and_resumed_is_uninterrupted(world, plain):
         assert torch.equal(weights(run)[key], value), key
 
 
+@pytest.mark.slow
 def test_resume_in_another_number_of_processes(world, plain, two, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(two.path, out)

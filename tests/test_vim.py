@@ -115,7 +115,11 @@ def test_files_of_distributed_training_load_too(tiny_weights: dict[str, Tensor])
 
 
 @pytest.mark.parametrize(
-    ("variant", "complaint"), [("T-ft", "pos_embed is (1, 197, 192), needed (1, 730, 192)"), ("S", "cls_token is")]
+    ("variant", "complaint"),
+    [
+        ("T-ft", "pos_embed is (1, 197, 192), needed (1, 730, 192)"),
+        pytest.param("S", "cls_token is", marks=pytest.mark.slow),
+    ],
 )
 def test_weights_of_another_size_are_refused(tiny_weights: dict[str, Tensor], variant: str, complaint: str) -> None:
     with pytest.raises(WeightsError) as caught:

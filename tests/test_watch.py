@@ -174,6 +174,7 @@ def test_watching_is_logged_and_changes_nothing(world, plain, capsys):
     assert "after step 2: text_accuracy" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_watching_in_two_processes(world, plain, tmp_path):
     main = str(Path(__file__).parent / "train_main.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", main]

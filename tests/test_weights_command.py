@@ -103,6 +103,7 @@ def test_check_of_nan(vlmx: Any, tmp_path: Path, mini: dict[str, Tensor]) -> Non
     assert "holds NaN or infinity" in err
 
 
+@pytest.mark.slow
 def test_published_files_with_one_network_are_all_named(shared: Path) -> None:
     manifest = json.loads((shared / "golden/ssm/manifests/vmamba_T_det.json").read_text())
     state = {name: torch.empty(shape, device="meta") for name, shape, _ in manifest}
