@@ -214,15 +214,17 @@ def _receive(response: http.client.HTTPResponse, url: str, part: Path, answer: _
             fix="free some space, or let $VLMX_WEIGHTS name a folder on another disk",
         )
     label = f"{part.stem} (from {format_bytes(answer.start)} on)" if answer.start else part.stem
-    with part.open("r+b") as file, progress(label, missing // 1000, "kB") as bar:
+    # unbuffered: what a full disk refuses would be written once more when the file is closed, and refused there
+    with part.open("r+b", buffering=0) as file, progress(label, missing // 1000, "kB") as bar:
         file.truncate(answer.start)
         file.seek(answer.start)
         while chunk := _next_chunk(response):
             if file.tell() == 0 and is_web_page(chunk[:512]):
                 raise WeightsError(f"{url} is a web page, not weights", fix="open it in a browser and save the file")
+            rest = memoryview(chunk)
             try:
-                file.write(chunk)
-                file.flush()
+                while rest:
+                    rest = rest[file.write(rest) :]
             except OSError as error:
                 full = space_error(error, part)
                 raise full if full is not error else WeightsError(f"cannot write {part}", why=str(error)) from error
