@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_llm import tiny_llm, tiny_tokenizer
 
-from vlmx.errors import UsageError, WeightsError
+from vlmx.errors import WeightsError
 from vlmx.models.connectors import build_connector
 from vlmx.models.decoding import first_token_logits_shared, generate_shared, shared_prefix, sharing_problem
 from vlmx.models.options import option_ids
@@ -213,7 +213,7 @@ def test_an_options_token_is_the_one_that_an_answer_begins_with():
 
 
 def test_options_of_several_tokens_are_refused():
-    with pytest.raises(UsageError, match=r"'Yes' .*3 tokens"):
+    with pytest.raises(ValueError, match=r"'Yes' .*3 tokens"):
         option_ids(choose_prompt("vicuna-v1.5", tiny_tokenizer()), ("Yes", "No"))
-    with pytest.raises(UsageError, match="same token"):
+    with pytest.raises(ValueError, match="same token"):
         option_ids(choose_prompt("vicuna-v1.5", byte_level("Yes", "No")), ("Yes", "Yes"))

@@ -224,7 +224,7 @@ def test_places_among_several_processes(
 ) -> None:
     assert worker_of({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}) == Worker()
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
-    assert worker_of(torchrun) == Worker(index=5, count=8, local=1, launched=True)
+    assert worker_of(torchrun) == Worker(index=5, count=8, local=1, locals=8, launched=True)
     for wrong in ({"RANK": "x"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "-1"}):
         with pytest.raises(UsageError, match="gives this process no place"):
             worker_of(wrong)

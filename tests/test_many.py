@@ -29,6 +29,7 @@ from vlmx.extract.backbones.base import build_backbone
 from vlmx.extract.plan import spec_of
 from vlmx.extract.slurm import job_array
 from vlmx.extract.worker import Worker, worker_of
+from vlmx.processes import Rank
 
 RES = 256
 PHOTOS = 48
@@ -162,7 +163,7 @@ def test_a_process_alone() -> None:
 
 def test_a_rank_of_torchrun_on_the_second_machine() -> None:
     worker = worker_of({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"})
-    assert worker == Worker(part=Part(index=5, count=8), local=1, locals=4, speaks=False)
+    assert worker == Worker(part=Part(index=5, count=8), rank=Rank(index=5, count=8, local=1, locals=4), speaks=False)
     assert worker_of({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}).speaks
 
 
@@ -173,7 +174,7 @@ def test_a_task_of_a_batch_system_speaks_for_itself_and_waits_for_nobody() -> No
 def test_processes_of_a_task_divide_its_part() -> None:
     worker = worker_of({"VLMX_PART": "3/16", "VLMX_CHILD": '{"index": 1, "count": 4, "descriptor": 9}'})
     assert worker.part == Part(index=13, count=64)
-    assert (worker.local, worker.locals, worker.speaks, worker.stays) == (1, 4, False, False)
+    assert (worker.rank.local, worker.rank.locals, worker.speaks, worker.stays) == (1, 4, False, False)
 
 
 @pytest.mark.parametrize("text", ["", "1", "4/4", "-1/4", "1/0", "a/b", "0/4 "])

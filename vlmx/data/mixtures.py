@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from vlmx.data.annotation_files import without_collector
 from vlmx.data.llava665k import check_mixture
 from vlmx.data.mini import study
 from vlmx.data.records import Conversation, Turn
@@ -70,19 +69,7 @@ def load_mixture(data: str) -> Mixture:
     return read_llava(path)
 
 
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Millions of records are made, and none is garbage: to look for it again and again takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_without_collection()
+@without_collector()
 def read_llava(path: Path) -> Mixture:
     """Read and check a LLaVA-style file, row by row: never is there more of it in memory than what is kept.
 

@@ -7,15 +7,13 @@ numbers of images of the RefCOCO val splits are those that their publishers give
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmx.data import downloads
-from vlmx.data.annotation_files import SHOWN
+from vlmx.data.annotation_files import SHOWN, without_collector
 from vlmx.data.choice_files import pope_questions, tallyqa_questions
 from vlmx.data.downloads import Download
 from vlmx.data.published import PUBLISHED, PublishedData, refuse_missing
@@ -62,22 +60,10 @@ class PublishedBenchmark:
             DataError: a file is missing, damaged or of another split, or two questions have one id.
         """
         refuse_missing([each for each in self.files if not (root / each.path).is_file()], root)
-        with _without_collector():
+        with without_collector():
             questions = self.parse(self.name, [root / each.path for each in self.files], wording)
         _refuse_twice(questions, root / self.files[0].path)
         return questions
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Of the millions of small objects that reading makes none is garbage; looking for it took a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _refuse_twice(questions: Sequence[Question], path: Path) -> None:

@@ -86,9 +86,9 @@ class Answerer:
         if options not in self._ids_of:
             try:
                 self._ids_of[options] = option_ids(self._prompt, options)
-            except UsageError as error:
+            except ValueError as error:
                 self._ids_of[options] = None
-                self._unfit[options] = error.why
+                self._unfit[options] = str(error)
         return self._ids_of[options]
 
     def answers(self, groups: Sequence[Group], source: TokenSource, id_of: Mapping[str, str]) -> Iterator[list[Answer]]:

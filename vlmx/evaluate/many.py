@@ -14,47 +14,29 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from vlmx.console import be_quiet, note, warn
-from vlmx.errors import RunError, UsageError
-
-if TYPE_CHECKING:
-    import torch
+from vlmx.errors import RunError
+from vlmx.processes import NprocCommand, Rank, rank_of, refuse_nested, threads_each
 
 CHILD = "VLMX_EVAL_PARENT"  # descriptor of a pipe that closes when the parent dies
 POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worker:
+class Worker(Rank):
     """One of the processes that answer together.
 
     Attributes:
-        index: which, from 0.
-        count: how many there are.
-        local: which of those of its machine.
         launched: whether torchrun or `--nproc` has started it, and with it all others.
     """
 
-    index: int = 0
-    count: int = 1
-    local: int = 0
     launched: bool = False
-
-    def device(self) -> torch.device:
-        """The processor of this process: each takes a GPU of its own, as far as there are so many."""
-        import torch
-
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        device = torch.device("cuda", self.local % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        return device
 
     def tell_end(self) -> None:
         """Say, where there are others, that this process has answered its share and shows no scores."""
@@ -74,41 +56,19 @@ class Worker:
 
 
 def worker_of(environment: Mapping[str, str]) -> Worker:
-    """The place that the variables of torchrun, or of `--nproc`, give this process; empty ones count as not set.
+    """The place that the variables of torchrun, or of `--nproc`, give this process.
 
     Raises:
         UsageError: they give no place.
     """
-    said = {key: environment.get(key) or default for key, default in _VARIABLES}
-    texts = ", ".join(f"{key}={value}" for key, value in said.items())
-    if not all(value.isdecimal() for value in said.values()) or not int(said["RANK"]) < int(said["WORLD_SIZE"]):
-        raise UsageError(
-            "the environment gives this process no place among several",
-            why=f"{texts}: RANK counts from 0 to WORLD_SIZE - 1",
-            fix="unset RANK, WORLD_SIZE and LOCAL_RANK, or let torchrun set them",
-        )
-    return Worker(
-        index=int(said["RANK"]),
-        count=int(said["WORLD_SIZE"]),
-        local=int(said["LOCAL_RANK"]),
-        launched=any(environment.get(key) for key in (CHILD, _TORCHRUN)),
-    )
+    return Worker(**asdict(rank_of(environment)), launched=any(environment.get(key) for key in (CHILD, _TORCHRUN)))
 
 
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # which torchrun sets in all that it starts
 
 
-class ManyProcesses(click.Command):
+class ManyProcesses(NprocCommand):
     """A command that can run as several processes: it takes --nproc, and its function gets a `Worker` instead."""
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        given = list(args)
-        context = super().make_context(info_name, args, parent, **extra)
-        context.meta["arguments"] = given
-        return context
 
     def invoke(self, ctx: click.Context) -> Any:
         count = ctx.params.pop("nproc")
@@ -116,13 +76,8 @@ class ManyProcesses(click.Command):
         child = os.environ.get(CHILD)
         if child is not None:
             _end_with_parent(int(child))
-        elif count > 1 and worker.count > 1:
-            raise UsageError(
-                "--nproc within torchrun",
-                why=f"torchrun has started {worker.count} processes already",
-                fix="leave one of the two away",
-            )
         elif count > 1:
+            refuse_nested(worker.count)
             debug = bool(ctx.find_root().params.get("debug"))
             command = [sys.executable, "-m", "vlmx", *(["--debug"] if debug else []), "eval", *ctx.meta["arguments"]]
             _run(command, count)
@@ -140,16 +95,18 @@ def _run(command: Sequence[str], count: int) -> None:
         RunError: some failed, or were killed.
         KeyboardInterrupt: this process was told to stop, and the others were, too.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // count)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads_each(count)), **os.environ}
     kept, given = os.pipe()
     before = signal.signal(signal.SIGTERM, _stop)
     children: list[subprocess.Popen[bytes]] = []
     try:
         for index in range(count):
-            place = {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count), CHILD: str(kept)}
+            place = {key: str(index) for key in ("RANK", "LOCAL_RANK")}
+            place |= {key: str(count) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
             children.append(
-                subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**environment, **place}, pass_fds=[kept])
+                subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, env={**environment, **place, CHILD: str(kept)}, pass_fds=[kept]
+                )
             )
         while any(child.poll() is None for child in children):
             time.sleep(POLL_S)

@@ -55,11 +55,12 @@ def pixels_of(data: bytes, *, name: str) -> Pixels:
     Raises:
         DataError: it is not an image.
     """
-    from matplotlib.image import imread
+    from matplotlib import image as images
 
+    bomb = images.PIL.Image.DecompressionBombError  # type: ignore[attr-defined]  # the library with which it reads
     try:
-        pixels = np.asarray(imread(io.BytesIO(data), format=None if data[:8] == b"\x89PNG\r\n\x1a\n" else "jpg"))
-    except (OSError, ValueError, SyntaxError) as error:
+        pixels = np.asarray(images.imread(io.BytesIO(data), format=None if data[:8] == b"\x89PNG\r\n\x1a\n" else "jpg"))
+    except (OSError, ValueError, SyntaxError, bomb) as error:
         raise DataError(f"cannot read {name}", why=str(error), fix="give an image file such as .jpg or .png") from error
     if pixels.dtype != np.uint8:  # PNG comes in 0..1
         pixels = np.round(255 * np.clip(pixels.astype(np.float64), 0, 1)).astype(np.uint8)

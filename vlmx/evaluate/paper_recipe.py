@@ -10,6 +10,7 @@ RECIPE: Mapping[str, Any] = {
     "prompt": "vicuna-v1.5",
     "turns": "causal",
     "global_batch": 128,
+    "seed": 7,
     "max_text_tokens": 2048,
     "optim.lr": 2e-5,
     "optim.max_grad_norm": 1.0,

@@ -24,6 +24,7 @@ from vlmx.evaluate.many import Worker
 from vlmx.evaluate.parts import Work
 from vlmx.evaluate.score import questions_of
 from vlmx.evaluate.tokens import image_ids, open_tokens, require_tables
+from vlmx.processes import shared_device
 from vlmx.runs import RunFolder
 
 Answers = Callable[[Sequence[Group]], Iterable[list[Answer]]]
@@ -153,7 +154,7 @@ def predict_run(
     asking, worker = asking or Asking(), worker or Worker()
     folder = run.path / "model"
     card = read_card(folder)
-    device = worker.device()
+    device = shared_device(worker)
     dtype: Dtype = ("bf16" if device.type == "cuda" else "fp32") if asking.dtype == "auto" else asking.dtype
     visual_tokens = card.grid[0] * card.grid[1]
     batch_size = 1 if asking.exact else asking.batch_size or default_batch_size(visual_tokens)

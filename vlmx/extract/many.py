@@ -18,10 +18,11 @@ from typing import Any
 import click
 
 from vlmx.console import show_error, warn
-from vlmx.errors import UsageError, VlmxError
+from vlmx.errors import VlmxError
 from vlmx.extract.interrupt import RESUME, SIGNALS, Interrupted
 from vlmx.extract.slurm import job_array
 from vlmx.extract.worker import Worker, child_variables, worker_of
+from vlmx.processes import NprocCommand, refuse_nested, threads_each
 
 RESTARTS = 3  # of each process, when a signal killed it
 TELL_AFTER_S = 2.0  # an error that ends all processes at once is told alone
@@ -29,16 +30,8 @@ POLL_S = 0.1
 MESSAGE_BYTES_MAX = 1 << 20
 
 
-class ManyProcesses(click.Command):
+class ManyProcesses(NprocCommand):
     """A command that can run as several processes: it takes --nproc and --slurm, and its function does not see them."""
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        given = list(args)
-        context = super().make_context(info_name, args, parent, **extra)
-        context.meta["arguments"] = given
-        return context
 
     def invoke(self, ctx: click.Context) -> Any:
         count, tasks = ctx.params.pop("nproc"), ctx.params.pop("slurm")
@@ -51,12 +44,7 @@ class ManyProcesses(click.Command):
         if count == 1 or worker.descriptor is not None or ctx.params.get("dry_run"):
             with worker.at_work(debug=debug):
                 return super().invoke(ctx)
-        if worker.locals > 1:
-            raise UsageError(
-                "--nproc within torchrun",
-                why=f"torchrun has started {worker.locals} processes already",
-                fix="leave one of the two away",
-            )
+        refuse_nested(worker.rank.locals)
         threads_given = ctx.get_parameter_source("threads") is not click.core.ParameterSource.DEFAULT
         command = [sys.executable, "-m", "vlmx", *(["--debug"] if debug else []), "extract", *arguments]
         _start(command, count, worker, threads_given=threads_given)
@@ -115,8 +103,7 @@ def _start(command: Sequence[str], count: int, worker: Worker, *, threads_given:
         VlmxError: the cache is not complete: the error of the processes, if all had the same, or a summary.
         Interrupted: they were asked to stop.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // count)
+    threads = threads_each(count)
     command = [*command, *([] if threads_given else ["--threads", str(min(32, threads))])]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
 

@@ -41,6 +41,7 @@ from vlmx.extract.scales import first_scales
 from vlmx.extract.seconds import Seconds
 from vlmx.extract.sources import open_sources
 from vlmx.extract.tables import Original, complete_table
+from vlmx.processes import rank_of, shared_device
 
 if TYPE_CHECKING:
     from vlmx.cache_specs.reader import TokenReader
@@ -59,7 +60,8 @@ def open_encoder(config: StreamConfig, datasets: Mapping[str, str], root: Place)
     """
     assert config.backbone is not None
     row = catalogue_row(config.backbone)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    rank = rank_of(os.environ)
+    device = str(shared_device(rank))
     torch.backends.cudnn.allow_tf32 = False  # as `vlmx extract` does
     options = {"out_norm": config.out_norm, "block": config.block, "feature": config.feature}
     backbone = build_backbone(
@@ -72,7 +74,7 @@ def open_encoder(config: StreamConfig, datasets: Mapping[str, str], root: Place)
         **{name: value for name, value in options.items() if value is not None},
     )
     spec = spec_of(backbone, config.dtype, config.codec)
-    if os.environ.get("RANK", "0") == "0":
+    if rank.index == 0:
         note(f"encoding on the fly: {spec.backbone} at {spec.resolution} on {device}, {backbone.num_tokens:,} tokens")
     threads = config.threads or min(32, os.cpu_count() or 1)
     originals: dict[str, Original] = {}

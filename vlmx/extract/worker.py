@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import click
@@ -22,6 +22,7 @@ import click
 from vlmx.cache_specs.claims import Part
 from vlmx.console import be_quiet, warn
 from vlmx.errors import UsageError, VlmxError, of_system
+from vlmx.processes import Rank, rank_of, shared_device
 
 if TYPE_CHECKING:
     import torch
@@ -36,16 +37,14 @@ class Worker:
 
     Attributes:
         part: which part of the work it begins with.
-        local: which of the processes of its machine and task it is.
-        locals: how many these are.
+        rank: which of the processes of its task it is.
         speaks: whether it shows notes, progress and results; the others show only warnings and errors.
         stays: whether it waits, after its own part, for processes that may still die. Tasks of a batch system do not.
         descriptor: of the socket to the parent, in children of `vlmx extract --nproc`.
     """
 
     part: Part
-    local: int = 0
-    locals: int = 1
+    rank: Rank = field(default_factory=Rank)
     speaks: bool = True
     stays: bool = True
     descriptor: int | None = None
@@ -54,13 +53,10 @@ class Worker:
         """The processor of this process: each takes a GPU of its own, as far as there are so many."""
         import torch
 
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
+        device = shared_device(self.rank)
         gpus = torch.cuda.device_count()
-        if self.speaks and self.locals > gpus:
-            warn(f"{self.locals} processes share {gpus} GPU{'s' if gpus > 1 else ''}")
-        device = torch.device("cuda", self.local % gpus)
-        torch.cuda.set_device(device)
+        if device.type == "cuda" and self.speaks and self.rank.locals > gpus:
+            warn(f"{self.rank.locals} processes share {gpus} GPU{'s' if gpus > 1 else ''}")
         return device
 
     def finish(self, name: str, sealed: bool) -> None:
@@ -98,21 +94,19 @@ def worker_of(environ: Mapping[str, str]) -> Worker:
     """The place that the environment gives to this process.
 
     Raises:
-        UsageError: VLMX_PART is no part.
+        UsageError: VLMX_PART is no part, or torchrun's variables are no place.
     """
     task = _task_of(environ)
     if CHILD in environ:
         child = json.loads(environ[CHILD])
-        index, count, local, number = child["index"], child["count"], child["index"], child["count"]
-    else:  # torchrun's names; one process without them
-        index, count = int(environ.get("RANK") or 0), int(environ.get("WORLD_SIZE") or 1)
-        local, number = int(environ.get("LOCAL_RANK") or 0), int(environ.get("LOCAL_WORLD_SIZE") or count)
-        child = {}
+        index, count = child["index"], child["count"]
+        rank = Rank(index=index, count=count, local=index, locals=count)
+    else:
+        child, rank = {}, rank_of(environ)
     return Worker(
-        part=Part(index=task.index * count + index, count=task.count * count),
-        local=local,
-        locals=number,
-        speaks=index == 0,
+        part=Part(index=task.index * rank.count + rank.index, count=task.count * rank.count),
+        rank=rank,
+        speaks=rank.index == 0,
         stays=task.count == 1,
         descriptor=child.get("descriptor"),
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmx.errors import UsageError
 from vlmx.models.prompts import IGNORED, Prompt
 
 
@@ -18,7 +17,8 @@ def option_ids(prompt: Prompt, options: Sequence[str]) -> list[int]:
     """The id of each option as the first token of an answer.
 
     Raises:
-        UsageError: an option is not exactly one token, or two of them are the same one.
+        ValueError: an option is not exactly one token, or two are the same one, so that their probabilities cannot be
+            read from the first token.
     """
     found: list[int] = []
     for option in options:
@@ -26,16 +26,8 @@ def option_ids(prompt: Prompt, options: Sequence[str]) -> list[int]:
         if learned and learned[-1] in prompt.end_ids:
             learned.pop()
         if len(learned) != 1:
-            raise _refused(f"as an answer '{option}' is {len(learned)} tokens of this LLM's tokenizer, not one")
+            raise ValueError(f"as an answer '{option}' is {len(learned)} tokens of this LLM's tokenizer, not one")
         found += learned
     if len(set(found)) < len(found):
-        raise _refused(f"two of {', '.join(options)} are the same token of this LLM's tokenizer")
+        raise ValueError(f"two of {', '.join(options)} are the same token of this LLM's tokenizer")
     return found
-
-
-def _refused(why: str) -> UsageError:
-    return UsageError(
-        "the probabilities of a question's options cannot be read from the first token",
-        why=why,
-        fix="leave these benchmarks (POPE, TallyQA) out for this LLM, or train with another --prompt",
-    )

@@ -14,6 +14,7 @@ import click
 from vlmx.cache_specs.command import complete_caches
 from vlmx.console import note
 from vlmx.errors import ConfigError, RunError, UsageError, VlmxError
+from vlmx.processes import rank_of
 from vlmx.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -156,7 +157,8 @@ def train(
     folder: metrics.jsonl, checkpoints, and the trained model. Options and KEY=VALUE items override the configuration
     file. Starts several processes under torchrun. Ctrl-C and SIGTERM save a checkpoint before they stop it.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    ours = rank_of(os.environ)
+    rank, world_size = ours.index, ours.count
     options = {"cache": "+".join(cache_names) or None, "connector": connector, "llm": llm, "data": data}
     given = {"backbone": backbone, "res": res, "weights": weights, "image_root": image_root}
     stream = {key: value for key, value in given.items() if value is not None}
@@ -181,9 +183,7 @@ def train(
             lines = [f"error (process {rank}): {error.what}", f"why: {error.why}", f"fix: {error.fix}"]
             note("\n  ".join(line for line in lines if not line.endswith(": ")))
         else:
-            time.sleep(
-                SAYS_FIRST_S
-            )  # as soon as one process ends torchrun ends all, and the first has to say it before
+            time.sleep(SAYS_FIRST_S)  # torchrun ends all as soon as one ends, and the first has to say it before
         exit_now(error.exit_code)
     if rank == 0:
         click.echo(folder)

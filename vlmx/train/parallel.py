@@ -21,8 +21,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from vlmx.errors import UsageError
 from vlmx.models.adapters import merged, transposed_layers
 from vlmx.models.vlm import VLM
+from vlmx.processes import rank_of, shared_device
 from vlmx.train.settings import LoraConfig, Precision
 
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,17 +59,24 @@ class World:
 
 
 def join() -> World:
-    """Take the place that torchrun's environment variables give this process."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    """Take the place that torchrun's environment variables give this process.
+
+    Raises:
+        UsageError: they give none, or this machine has more processes than GPUs, which NCCL cannot join.
+    """
+    rank = rank_of(os.environ)
+    if torch.cuda.is_available() and rank.locals > torch.cuda.device_count():
+        raise UsageError(
+            f"this machine has {torch.cuda.device_count()} GPUs for {rank.locals} processes",
+            why="in a training each process needs a GPU of its own",
+            fix=f"torchrun --nproc-per-node {torch.cuda.device_count()}, or CUDA_VISIBLE_DEVICES= for the CPU",
+        )
+    device = shared_device(rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if size > 1:
+    if rank.count > 1:
         dist.init_process_group(backend)
         dist.barrier()  # none goes on, and makes the run folder, before all have looked at it
-    return World(rank=rank, size=size, device=device, distributed=size > 1)
+    return World(rank=rank.index, size=rank.count, device=device, distributed=rank.count > 1)
 
 
 def recompute_layers(llm: Any) -> None:
