@@ -167,6 +167,12 @@ def test_a_rank_of_torchrun_on_the_second_machine() -> None:
     assert worker_of({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}).speaks
 
 
+@pytest.mark.parametrize("said", [{"RANK": "x"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"LOCAL_RANK": "1"}])
+def test_an_impossible_rank_is_refused(said: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="gives this process no place"):
+        worker_of(said)
+
+
 def test_a_task_of_a_batch_system_speaks_for_itself_and_waits_for_nobody() -> None:
     assert worker_of({"VLMX_PART": "3/16"}) == Worker(part=Part(index=3, count=16), stays=False)
 
