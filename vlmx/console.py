@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from vlmx.errors import VlmxError
 
 LINE_EVERY_S = 15.0
-_NUMBERS = re.compile(r"[\d.,+\-x\[\] ]*")
+_NUMBERS = re.compile(r"[\d.,+\-x\[\] †%]*")
+_NAME_LEAST, _TEXT_LEAST = 32, 16  # letters that a column keeps on a narrow terminal
+_UNLIMITED = 10_000
 _quiet = False
 
 
@@ -40,18 +42,33 @@ def show_error(error: VlmxError) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
-    """Print a table on stdout; columns of numbers are right-aligned."""
+    """Print a table on stdout; columns of numbers are right-aligned.
+
+    Text is folded where a terminal is narrow, numbers never are cut: what is wider than the terminal runs on in its next
+    line. Where nobody looks, each row is one line.
+    """
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    least = 0
     for index, column in enumerate(columns):
-        numbers = all(_NUMBERS.fullmatch(row[index]) for row in rows)
-        grid.add_column(column, justify="right" if numbers else "left", no_wrap=index == 0)
+        cells = [row[index] for row in rows]
+        numbers = all(map(_NUMBERS.fullmatch, cells))
+        width = max(map(cell_len, [column, *cells]))
+        if not numbers:
+            width = min(width, _NAME_LEAST if index == 0 else _TEXT_LEAST)
+        grid.add_column(
+            column, justify="right" if numbers else "left", overflow="fold", no_wrap=numbers, min_width=width
+        )
+        least += width + 1
     for row in rows:
         grid.add_row(*map(escape, row))
-    Console(width=None if sys.stdout.isatty() else 160).print(grid)
+    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED)
+    console.width = max(console.width, least)
+    console.print(grid, crop=False)
 
 
 class Progress:
