@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vlmx.errors import DataError
 from vlmx.evaluate.intervals import estimate, interval95, paired_difference
 
 
@@ -47,7 +48,15 @@ def test_strata_count_the_same_however_large() -> None:
     assert estimate(values, images).value == 0.8
     found = estimate(values, images, strata=strata)
     assert found.value == 0.5
-    assert found.interval95 == (0.5, 1.0)  # sometimes a resample has none of the small ones
+    assert found.interval95 == (0.5, 0.5)  # also where a resample has drawn none of the small ones
+
+
+def test_values_that_have_no_interval_are_an_error() -> None:
+    for values, images in (([], []), ([1.0, 0.0], ["a"]), ([1.0, float("nan")], ["a", "b"])):
+        with pytest.raises(DataError, match="no interval of these values"):
+            estimate(values, images)
+    with pytest.raises(DataError, match="no difference of these values"):
+        paired_difference([1.0, 0.0, 1.0], [1.0], ["a", "b", "c"])
 
 
 def test_pairing_takes_out_what_both_find_hard() -> None:
@@ -73,7 +82,7 @@ def test_strata_may_have_weights() -> None:
     images = [str(n) for n in range(10)]
     found = estimate(values, images, strata=strata, weights={"big": 3, "small": 1})
     assert found.value == 0.75
-    assert found.interval95 == (0.75, 1.0)
+    assert found.interval95 == (0.75, 0.75)
     assert estimate(values, images, strata=strata, weights={"big": 8, "small": 2}).value == 0.8
     ahead = paired_difference(values, [0.0] * 10, images, strata=strata, weights={"big": 3, "small": 1})
     assert ahead == found

@@ -127,6 +127,21 @@ def test_nothing_to_compare_with_is_an_error(name: str) -> None:
         SCORERS[name]("yes", [])
 
 
+@pytest.mark.parametrize("name", sorted(TEXT_RULES))
+@pytest.mark.parametrize("answers", [[{"answer": "yes"}], {"yes": 10}, 2.5, True, None])
+def test_answers_that_are_no_texts_are_an_error(name: str, answers: object) -> None:
+    with pytest.raises(DataError, match="cannot be scored"):
+        SCORERS[name]("yes", answers)
+
+
+@pytest.mark.parametrize("name", sorted(TEXT_RULES))
+@pytest.mark.parametrize("prediction", [None, 3, ["yes"], {"yes": 0.7}])
+def test_a_prediction_that_is_no_text_is_an_error(name: str, prediction: object) -> None:
+    answers = {"pope": "yes", "tallyqa": "3"}.get(name, ["yes"] * 10)
+    with pytest.raises(DataError, match=r"cannot be scored|not the probabilities"):
+        SCORERS[name](prediction, answers)
+
+
 @pytest.mark.parametrize("name", ["vqav2", "vizwiz", "textvqa"])
 def test_a_vote_needs_a_list(name: str) -> None:
     with pytest.raises(DataError, match="needs a list of texts"):

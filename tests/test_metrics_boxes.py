@@ -89,6 +89,14 @@ def test_any_of_several_true_boxes_counts() -> None:
         SCORERS["refcoco"]("[0, 0, 0.5, 1]", [0.6, 0, 1])
     with pytest.raises(DataError, match="not a box"):
         SCORERS["refcoco"]("[0, 0, 0.5, 1]", ["left"])
+    with pytest.raises(DataError, match="without a true box"):
+        SCORERS["refcoco"]("[0, 0, 0.5, 1]", [])
+
+
+def test_the_way_back_to_the_photo_does_not_decide_about_a_half() -> None:
+    letterbox = Geometry(mode="letterbox", height=224, width=224, fill=(0, 0, 0))
+    answered = (0.3671875, 0.028125, 0.490625, 0.1625)  # exactly half of the true box
+    assert overlaps(answered, (155, 18, 313, 104), letterbox, (480, 640))["corrected"] == 0.5
 
 
 def test_a_benchmark_of_ones_own_counts_at_a_half() -> None:

@@ -82,6 +82,12 @@ def test_probabilities_choose_the_largest_and_of_equal_ones_the_first() -> None:
     assert SCORERS["tallyqa"](three, 4) == 0.0
 
 
+@pytest.mark.parametrize(("name", "right"), [("pope", "maybe"), ("tallyqa", 2.0), ("tallyqa", 16)])
+def test_a_right_answer_that_is_no_option_is_an_error(name: str, right: object) -> None:
+    with pytest.raises(DataError, match="no option"):
+        SCORERS[name]("yes", right)
+
+
 @pytest.mark.parametrize("probabilities", [[1.0], [0.5, 0.3, 0.2], [float("nan"), 0.5], []])
 def test_wrong_probabilities_are_an_error(probabilities: list[float]) -> None:
     with pytest.raises(DataError, match="not the probabilities"):

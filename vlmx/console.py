@@ -44,8 +44,8 @@ def show_error(error: VlmxError) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
     """Print a table on stdout; columns of numbers are right-aligned.
 
-    Text is folded where a terminal is narrow, numbers never are cut: what is wider than the terminal runs on in its next
-    line. Where nobody looks, each row is one line.
+    Text is folded where a terminal is narrow, numbers never are cut: what is wider than the terminal runs on in its
+    next line. Where nobody looks, each row is one line.
     """
     from rich.cells import cell_len
     from rich.console import Console

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vlmx.errors import DataError
+
 RESAMPLES = 2000
 _DRAWN_AT_ONCE = 300_000  # images; the numbers gathered for them take a few megabytes
 
@@ -52,10 +54,21 @@ def estimate(
         values: one number per question; at least one.
         images: the image of each question.
         strata: where the score is a mean over parts of the questions (POPE's splits, the benchmarks of an average), the
-            part of each. A resample without any question of some part is the mean of the others.
+            part of each. In a resample that has drawn no image of some part, that part keeps its mean over all.
         weights: of each part; without them every part counts the same.
         resamples, seed: of the bootstrap.
+
+    Raises:
+        DataError: no values, one that is no number, or not as many images and strata as values.
     """
+    lengths = {len(values), len(images), len(values if strata is None else strata)}
+    if len(lengths) > 1 or not len(values) or not np.isfinite(values).all():
+        raise DataError(
+            "no interval of these values",
+            why=f"{len(values)} values of {len(images)} images"
+            + ("" if strata is None else f" in {len(strata)} parts")
+            + "; there must be one at least, as many of each, and each value a number",
+        )
     image_Q, image_names = _numbered(images)
     stratum_Q, names = _numbered(strata if strata is not None else [None] * len(images))
     weight_S = np.asarray([1.0 if weights is None else weights[name] for name in names])
@@ -89,6 +102,10 @@ def paired_difference(
 
     Both are resampled together: what makes an image hard for both does not widen the interval.
     """
+    if len(first) != len(second):
+        raise DataError(
+            "no difference of these values", why=f"{len(first)} values and {len(second)} are not of the same questions"
+        )
     ahead = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     return estimate(ahead.tolist(), images, strata=strata, weights=weights, resamples=resamples, seed=seed)
 
@@ -112,6 +129,7 @@ def _resampled_means(
 ) -> Floats:
     """The weighted mean of the strata's means in each resample of the columns."""
     images = sums_SI.shape[1]
+    means_S = sums_SI.sum(axis=1) / counts_SI.sum(axis=1)
     means: list[Floats] = []
     rows = max(1, _DRAWN_AT_ONCE // images)
     for start in range(0, resamples, rows):
@@ -121,7 +139,7 @@ def _resampled_means(
         for times_I, drawn_I in zip(times_BI, drawn_BI, strict=True):
             times_I[:] = np.bincount(drawn_I, minlength=images)
         sums_SB, counts_SB = sums_SI @ times_BI.T, counts_SI @ times_BI.T
-        asked_SB = counts_SB > 0
-        means_SB = np.divide(sums_SB, counts_SB, out=np.zeros_like(sums_SB), where=asked_SB)
-        means.append(weight_S @ means_SB / (weight_S @ asked_SB))
+        means_SB = np.repeat(means_S[:, None], sums_SB.shape[1], axis=1)  # of those parts that were not drawn
+        np.divide(sums_SB, counts_SB, out=means_SB, where=counts_SB > 0)
+        means.append(weight_S @ means_SB / weight_S.sum())
     return np.concatenate(means)

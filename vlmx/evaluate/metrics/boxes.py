@@ -74,7 +74,8 @@ def overlaps(answered: Box, truth: Box, geometry: Geometry, image_wh: tuple[int,
         image_wh: width and height of the source image in pixels.
     """
     converted = convert_box(answered, geometry, image_wh, "padded_unit", "source")
-    return {"corrected": iou(converted, truth), "raw": iou(answered, rounded_unit(truth, image_wh))}
+    # The way to the photo and back costs the last digits, which must not decide about an overlap of exactly one half.
+    return {"corrected": round(iou(converted, truth), 12), "raw": iou(answered, rounded_unit(truth, image_wh))}
 
 
 def rounded_unit(box: Box, image_wh: tuple[int, int]) -> Box:
@@ -111,13 +112,17 @@ class BoxHit:
             answers: the true box, or a list of true boxes any of which counts, in the frame of the prediction.
 
         Raises:
-            DataError: `answers` are no boxes.
+            DataError: `answers` are no boxes, or none at all, or the prediction is no text.
         """
         try:
             edges = np.asarray(answers, dtype=np.float64)
             truths = edges.reshape(-1, 4).tolist()
         except (ValueError, TypeError) as error:
             raise DataError(f"{answers!r} is not a box of four numbers, nor a list of such", why=str(error)) from error
+        if not truths:
+            raise DataError("an answer cannot be scored without a true box", why="none is given")
+        if not isinstance(prediction, str):
+            raise DataError("this answer cannot be scored", why=f"it is {prediction!r}, not a text")
         answered = parse_box(prediction)
         if answered is None:
             return 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlmx.errors import DataError
@@ -37,8 +37,11 @@ class TextRule:
             answers: what annotators answered, or the accepted answers. One text alone stands for a list of it.
 
         Raises:
-            DataError: there is nothing to compare with, or one text where the rule is a vote of several.
+            DataError: the prediction is no text, there is nothing to compare with, something that is no text, or one
+                text where the rule is a vote of several.
         """
+        if not isinstance(prediction, str):
+            raise DataError("this answer cannot be scored", why=f"it is {prediction!r}, not a text")
         cleaned = [self.clean_answer(answer) for answer in self.listed(answers)]
         return self.worth(cleaned.count(self.clean_prediction(prediction)), len(cleaned))
 
@@ -46,12 +49,14 @@ class TextRule:
         """The answers as a list of at least one."""
         if isinstance(answers, str) and self.one_annotator:
             return [answers]
-        if isinstance(answers, str) or not len(answers):
+        several = isinstance(answers, Iterable) and not isinstance(answers, str | Mapping)
+        listed = list(answers) if several else []
+        if not listed or not all(isinstance(answer, str) for answer in listed):
             raise DataError(
                 "an answer cannot be scored without those of the annotators",
                 why=f"they are {answers!r}, where {self.text} needs a list of texts",
             )
-        return answers
+        return listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +78,30 @@ class OptionRule(TextRule):
             answers: the right option, alone or in a list; numbers may be given as numbers.
 
         Raises:
-            DataError: another number of probabilities than of options, one that is no number, or no right answer.
+            DataError: another number of probabilities than of options, one that is no number, or a right answer that is
+                none of the options.
         """
         text = prediction if isinstance(prediction, str) else self.chosen(prediction)
-        right = answers if isinstance(answers, Iterable) and not isinstance(answers, str) else [answers]
-        return super().__call__(text, [str(answer) for answer in right])
+        listed = answers if isinstance(answers, Iterable) and not isinstance(answers, str | Mapping) else [answers]
+        right = [str(answer) for answer in listed]
+        if not all(self.clean_answer(answer) in self.options for answer in right):
+            raise DataError(
+                "an answer cannot be scored beside something that is no option",
+                why=f"it is {answers!r}; the options are {', '.join(self.options)}",
+            )
+        return super().__call__(text, right)
 
     def chosen(self, probabilities: Sequence[float]) -> str:
         """The option with the largest probability; of equal ones the first."""
-        values = [float(value) for value in probabilities]
+        try:
+            values = [] if isinstance(probabilities, Mapping) else [float(value) for value in probabilities]
+        except (TypeError, ValueError):
+            values = []
         if len(values) != len(self.options) or not all(math.isfinite(value) for value in values):
             raise DataError(
                 "these are not the probabilities of the options",
-                why=f"{values} do not fit {len(self.options)} options ({self.options[0]} .. {self.options[-1]})",
+                why=f"{probabilities!r} do not fit {len(self.options)} options "
+                f"({self.options[0]} .. {self.options[-1]})",
             )
         return self.options[values.index(max(values))]
 
