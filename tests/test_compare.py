@@ -1,10 +1,13 @@
 """Are runs compared question by question, with POPE as the mean of its splits, and in one order?"""
 
+from dataclasses import replace
+
 import pytest
 
-from vlmx.data.records import Question
+from vlmx.data.records import Box, Question
+from vlmx.data.wording import Wording, region
 from vlmx.errors import UsageError
-from vlmx.evaluate.compare import compare, mean, order, percent
+from vlmx.evaluate.compare import compare, is_same, mean, order, percent
 from vlmx.evaluate.score import Grade
 
 
@@ -73,6 +76,37 @@ def test_the_order_and_its_steps_are_over_the_same_questions() -> None:
 def test_equal_runs_are_ordered_by_name() -> None:
     same = graded("gqa", [1.0, 0.0])
     assert [(step.first, step.second) for step in order({"b": same, "a": same})] == [("a", "b")]
+
+
+def asked_otherwise(grade: Grade, **other: object) -> Grade:
+    return replace(grade, question=replace(grade.question, **other))  # type: ignore[arg-type]  # of any field
+
+
+@pytest.mark.parametrize("other", [{"image": "x"}, {"prompt": "!"}, {"answers": ("no",)}, {"question_type": "x"}])
+def test_an_id_of_another_question_is_left_out_and_counted(other: dict[str, object]) -> None:
+    a, b = graded("gqa", [1.0, 1.0, 0.0]), graded("gqa", [0.0, 0.0, 0.0])
+    b[1] = asked_otherwise(b[1], **other)
+    found = compare("a", a, "b", b)
+    assert (found.n, found.unlike, found.points) == (2, 1, 50)
+    assert found.sentence("VQA").endswith(", 2 questions of gqa; 1 left out: same id, another question")
+    (first, second) = order({"a": a, "b": b, "c": a})
+    assert (first.n, first.unlike, second.n, second.unlike) == (2, 1, 2, 1)
+    alike = compare("a", a, "b", graded("gqa", [0.0] * 3))
+    assert (alike.n, alike.unlike, alike.basis) == (3, 0, "3 questions of gqa")
+    with pytest.raises(UsageError, match=r"no question in common.*1 question with the same id.*same annotation files"):
+        compare("a", a[1:2], "b", b)
+    with pytest.raises(UsageError, match=r"no question in common.*a, b; 1 question with the same id"):
+        order({"a": a[1:2], "b": b})
+
+
+def test_a_phrase_in_another_wording_is_the_same_question() -> None:
+    def located(wording: Wording, phrase: str, box: Box = (0, 0, 5, 5)) -> Question:
+        prompt = region(phrase, wording)
+        return Question(id="1", benchmark="refcoco", image="i", prompt=prompt, kind="box", question_type="ref", box=box)
+
+    assert is_same(located("default", "the red mug."), located("paper", "the red mug."))
+    assert not is_same(located("default", "the red mug"), located("paper", "the blue mug"))
+    assert not is_same(located("default", "the red mug"), located("default", "the red mug", (0, 0, 5, 6)))
 
 
 def test_nothing_in_common_is_an_error() -> None:

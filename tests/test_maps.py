@@ -172,8 +172,9 @@ def test_photos_are_read_as_stored() -> None:
     pixels = pixels_of(b"P6\n2 1\n255\n" + bytes([1, 2, 3, 4, 5, 6]), name="it")
     assert pixels.tolist() == [[[1, 2, 3], [4, 5, 6]]]
     for unreadable in (b"no image", b"P6\n40000 40000\n255\n"):  # the second one is too large to be decoded
-        with pytest.raises(DataError, match="cannot read it"):
+        with pytest.raises(DataError, match="cannot read it") as raised:
             pixels_of(unreadable, name="it")
+        assert "BytesIO" not in str(raised.value)
 
 
 def header_of(benchmark: str, questions: int, cache: str, data_root: str = "") -> Header:
@@ -214,12 +215,26 @@ def test_a_question_of_runs(root: Path) -> None:
     phrase = question.prompt.rpartition(": ")[2].upper()
     call(root, *runs, "--question", phrase)
     assert (root / "out.svg").read_bytes() == drawn
-    with pytest.raises(UsageError, match="is in 2 questions"):
+    with pytest.raises(UsageError, match="is in 2 questions") as raised:
         call(root, *runs, "--question", "bounding box")
+    assert raised.value.fix == "give the id of one of them, or more of its text"
     with pytest.raises(UsageError, match="no box question like 'zebra'"):
         call(root, *runs, "--question", "zebra")
     with pytest.raises(UsageError, match="--box cannot be given"):
         call(root, *runs, "--question", "x", "--box", "1,1,2,2")
+
+
+def test_an_answer_that_is_no_box_is_said(root: Path) -> None:
+    texts = {"rows": "[0.10, 0.10, 0.60, 0.60]", "columns": "on the left"}
+    runs = []
+    for backbone, text in texts.items():
+        run = make_run(root / "boxes", open_cache(backbone, root / "caches").spec.name, text)
+        runs += ["--run", str(run.path)]
+    question = next(q for q in questions_of("mini-ref-plain") if q.image == KEY)
+    shown = [line for line in call(root, *runs, "--question", question.id).output.splitlines() if "@64x64" in line]
+    assert [line.endswith("the answer is not a box") for line in map(str.rstrip, shown)] == [False, True]
+    assert (root / "out.svg").read_bytes().count(b"<!-- the answer is not a box -->") == 1
+    assert "remark" not in call(root, *runs[:2], "--question", question.id).output
 
 
 def test_an_id_of_several_benchmarks_is_not_guessed(root: Path, tmp_path: Path) -> None:
@@ -238,6 +253,10 @@ def test_an_id_of_several_benchmarks_is_not_guessed(root: Path, tmp_path: Path) 
     of_plus = next(q for q in load_benchmark("refcoco+", root=data) if q.id == shared)
     with pytest.raises(UsageError, match=rf"'{shared}' is in 2 questions of refcoco, refcoco\+.*--bench NAME"):
         region_of_question([run], shared, str(root / "caches"), data_root=data)
+    phrase = of_plus.prompt.partition(": ")[2]
+    with pytest.raises(UsageError, match=r"questions of refcoco, refcoco\+") as raised:
+        region_of_question([run], phrase, str(root / "caches"), data_root=data)
+    assert raised.value.fix.startswith("say which benchmark with --bench NAME, and give the id")
     ImageTable.merge(tmp_path / "caches", "refcoco+", [ImageEntry(key=of_plus.image, id=WIDE, width=9, height=9)])
     found = region_of_question([run], shared, str(tmp_path / "caches"), data_root=data, benchmark="refcoco+")
     assert found.box == of_plus.box

@@ -21,6 +21,7 @@ from vlmx.evaluate.maps_plot import pixels_of
 from vlmx.evaluate.probe import ProbeResult, write_probe
 from vlmx.evaluate.report.collect import collect
 from vlmx.evaluate.report.command import report
+from vlmx.evaluate.report.html import render
 from vlmx.evaluate.report.pictures import png_of, smaller
 from vlmx.evaluate.report.rankings import Contestant, is_balanced
 from vlmx.evaluate.score import questions_of
@@ -206,6 +207,33 @@ def test_one_run_without_cache_and_boxes_still_makes_a_page(tmp_path: Path, stud
     assert result.exit_code == 0
     assert "is not at hand" in result.output
     assert "One run alone has no order." in out.read_text()
+
+
+def test_the_mini_study_stands_beside_the_papers_benchmarks(tmp_path: Path, study_root: Path) -> None:
+    run = str(study_root / "runs/enc-a-mlp2")
+    files = ["--csv", str(tmp_path / "t.csv"), "--latex", str(tmp_path / "t.tex"), "--caches", str(tmp_path)]
+    CliRunner().invoke(report, [run, "--published", "-o", str(tmp_path / "r.html"), *files], catch_exceptions=False)
+    ours, *published = csv.DictReader((tmp_path / "t.csv").read_text().splitlines())
+    assert list(ours)[-5:] == ["weighted_overall", *BENCHMARKS, "run", "remarks"]
+    assert [ours[name] for name in ("vqav2", *BENCHMARKS)] == ["", "80.00", "80.00"]
+    assert {row["mini-read"] for row in published} == {""}
+    *of_paper, of_mini = (tmp_path / "t.tex").read_text().split(r"\begin{table*}")[1:]
+    assert r"80.00\textsuperscript{\textdagger} & 80.00" in of_mini
+    assert "ViT-S" not in of_mini
+    assert not any("enc-a" in part for part in of_paper)
+    assert "The last 2 columns: benchmarks that the paper does not have." in (tmp_path / "r.html").read_text()
+
+
+def test_each_score_stands_against_the_baseline_of_its_own_questions(tmp_path: Path) -> None:
+    few = make_run(tmp_path, "few", "mlp2", 8, limit=20)
+    more = make_run(tmp_path, "more", "mlp2", 8, limit=60)
+    found = collect([few, more], caches=tmp_path)
+    small, large = (run.scores["mini-read"].baselines["prior"] for run in found.runs)
+    assert small != large
+    assert found.baselines_of("mini-read")["prior"] == large
+    page = render(found)
+    assert page.count(f"\N{MULTIPLICATION SIGN} base {small:.1f}</span>") == 1
+    assert f"prior {large:.1f}" in page
 
 
 def test_runs_that_cannot_be_reported(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from vlmx.evaluate.report.collect import collect
 from vlmx.evaluate.report.command import report
 from vlmx.evaluate.report.correlation import colors_of
 from vlmx.evaluate.report.paper_table import escaped, printed
+from vlmx.evaluate.report.plots import number_of
 from vlmx.evaluate.report.published_plots import family_of
 from vlmx.evaluate.report.samples import text_of
 from vlmx.runs import RunFolder, write_json
@@ -118,6 +120,10 @@ def test_numbers_stand_beside_those_of_the_right_row(whole: Path) -> None:
     assert "compared in the source image, the paper" in beside
     assert "boxes exact" in beside
     assert "weighted overall" in beside
+    assert re.search(r"macro<span class=\"sub\">every benchmark the same", beside)
+    alike = re.search(r"RefCOCO</th>.*?</tr>", beside, re.DOTALL)
+    assert alike is not None  # every answer is right, so there is no interval to be outside of
+    assert "answers worth the same" in alike[0]
 
 
 def test_photos_and_maps_are_in_the_page(whole: Path, data: Path) -> None:
@@ -137,6 +143,9 @@ def test_too_few_questions_are_marked_everywhere(whole: Path) -> None:
     assert "<b>Partial.</b>" in page
     assert "3 of 10,834" in page
     assert "100.00†" in page
+    assert re.search(r"<b>100\.0</b>†.*partial: 7 of 7 benchmarks", page)  # averages
+    assert "vmamba †</text>" in page  # the star
+    assert "Outlined bar" in page
     rows = list(csv.DictReader((whole / "t.csv").read_text().splitlines()))
     assert "refcoco: 3 of 10,834" in rows[0]["remarks"]
     assert r"100.00\textsuperscript{\textdagger}" in (whole / "t.tex").read_text()
@@ -176,8 +185,32 @@ def test_latex_has_the_papers_rows_with_the_best_in_bold(tmp_path: Path) -> None
         r"\textbf{78.83} & \textbf{70.25} & \textbf{75.29} & \textbf{49.50} & \textbf{64.38} & \textbf{74.22}" in text
     )
     assert "DINOv2-L/SigLIP-SO400M(f)" in text
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
-    assert all(line.count("&") == 12 for line in text.split(r"\end{table*}")[0].splitlines() if line.endswith(r"\\"))
+    floats = text.split(r"\end{table*}")[:-1]
+    assert len(floats) == text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2 * 3
+    rows = [line for line in text.splitlines() if r"$\times$" in line]
+    assert [line.count("&") for line in rows] == [12] * 99 + [10] * 99
+    assert max(part.count(r"$\times$") for part in floats) == 45
+    assert [part.count("continued") for part in floats] == [0, 1, 1, 0, 1, 1]
+
+
+@pytest.mark.skipif(
+    shutil.which("kpsewhich") is None or subprocess.run(["kpsewhich", "booktabs.sty", "graphicx.sty"]).returncode != 0,
+    reason="needs LaTeX with booktabs and graphicx",
+)
+def test_latex_fits_the_page(tmp_path: Path, data: Path) -> None:
+    names = ("a" * 70, 'b <i> | \N{CJK UNIFIED IDEOGRAPH-65E5} é"~', "c")
+    runs = [make_run(tmp_path / name, data, ALL, right).path for name in names]
+    call(*runs, "--published", "-o", tmp_path / "r.html", "--latex", tmp_path / "t.tex", "--caches", tmp_path)
+    assert r"VMamba-T (run 1) &" in (tmp_path / "t.tex").read_text()
+    (tmp_path / "page.tex").write_text(
+        r"\documentclass[twocolumn]{article}\usepackage[letterpaper,textwidth=7in]{geometry}"
+        r"\usepackage{booktabs,graphicx}\begin{document}\input{t.tex}\end{document}"
+    )
+    made = subprocess.run(["pdflatex", "-halt-on-error", "page.tex"], cwd=tmp_path, capture_output=True, timeout=60)
+    log = made.stdout.decode(errors="replace")
+    assert made.returncode == 0, log
+    assert "Overfull" not in log
+    assert "too large" not in log
 
 
 def test_published_rows_alone_make_a_page(tmp_path: Path) -> None:
@@ -250,7 +283,7 @@ def test_a_run_named_like_a_formula_with_a_damaged_photo(tmp_path: Path, data: P
     assert result.exit_code == 0
     assert "cannot read" in result.stderr
     page = (tmp_path / "r.html").read_text()
-    assert "run $^$</text>" in page
+    assert "run $^$ †</text>" in page
     assert "image not at hand" in page
     assert page.count("data:image/jpeg;base64,") > 5
 
@@ -296,9 +329,41 @@ def test_tables_mark_parts_and_name_runs_that_look_alike(tmp_path: Path, data: P
     assert [score[name] for name in ("wording", "subset", "dtype", "exact")] == ["default", "", "fp32", "False"]
 
 
+def test_an_average_over_fewer_benchmarks_says_so(tmp_path: Path, data: Path) -> None:
+    more = make_run(tmp_path / "more", data, ("vqav2", "gqa", "refcoco"), right)
+    less = make_run(tmp_path / "less", data, ("vqav2",), right)
+    call(more.path, less.path, "-o", tmp_path / "r.html", "--caches", tmp_path)
+    found = collect([more, less], caches=tmp_path)
+    assert found.parts_of(found.runs[0], "VQA") == ("partial: 2 of 2 benchmarks",)
+    assert found.parts_of(found.runs[1], "VQA") == ("over 1 of 2 benchmarks", "partial: 1 of 1 benchmarks")
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("over 1 of 2 benchmarks") == 1
+    pairs = page[page.index("Every pair of runs") : page.index("Samples and failures")]
+    shared = f"{len(load_benchmark('vqav2', root=data))} questions of vqav2"
+    assert shared in pairs
+    assert "no question in common" in pairs  # of boxes
+    assert f"both runs answered {shared}." in page
+
+
+def test_runs_that_look_alike_are_told_apart(tmp_path: Path, data: Path) -> None:
+    """There are eight colours."""
+    runs = [make_run(tmp_path / f"seed{number}", data, ("vqav2",), right).path for number in range(9)]
+    call(*runs, "--published", "-o", tmp_path / "r.html", "--caches", tmp_path)
+    page = (tmp_path / "r.html").read_text()
+    results = page[page.index("<h2>Results") : page.index("Among the paper")]
+    assert re.search(r">9</span>seed8<span class=\"sub\">vmamba-t-in1k, mlp2</span></th>", results)
+    assert results.count("number") >= 9
+    assert re.search(r">9</text>", results)  # in its bar
+    assert "IN1K, VMamba-T, mlp2, 30M" in page[page.index("All rows") :]
+
+
 def test_small_things() -> None:
     assert [printed(value) for value in (12.345, 0.005, 7)] == ["12.35", "0.01", "7.00"]
     assert escaped("a_b & 50% {x}") == r"a\_b \& 50\% \{x\}"
+    assert (
+        escaped('<b>|"é\N{CJK UNIFIED IDEOGRAPH-65E5}') == r"\textless{}b\textgreater{}\textbar{}\textquotedblright{}é?"
+    )
+    assert [number_of(8, 9), number_of(7, 8)] == ["9", ""]
     assert family_of("ViTDet-B")[0] == "ViTDet"
     assert family_of("ViT-B")[0] == "ViT"
     assert family_of("DINOv2-L/CLIP-L")[0] == "contrastive, self-supervised"

@@ -257,6 +257,21 @@ def test_other_annotations_than_those_that_were_asked_are_refused() -> None:
         grade_answers(known, answers, changed)
 
 
+def test_answers_that_were_given_to_other_questions_are_refused() -> None:
+    """Files of older versions and of other programs have no digest of the questions, but an image and a prompt each."""
+    questions = study.questions("mini-read")[:3]
+    h, answers = header("mini-read", 3), answered(questions, "A", "B", "C")
+    for changed in (replace(answers[1], prompt="What else?"), replace(answers[1], image="another")):
+        with pytest.raises(
+            RunError, match=rf"1 answers to 'mini-read'.*other questions.*{questions[1].id}.*--data-root"
+        ):
+            grade_answers(h, [answers[0], changed], questions)
+    shuffled = replace(h, control="shuffled")  # every question is shown another image there
+    assert len(grade_answers(shuffled, [replace(answers[1], image="another")], questions)) == 1
+    with pytest.raises(RunError, match="other questions"):
+        grade_answers(shuffled, [replace(answers[1], prompt="What else?")], questions)
+
+
 def test_score_run_writes_what_it_returns_and_can_be_given_again(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", kind="train", config={})
     with pytest.raises(RunError, match="vlmx eval"):

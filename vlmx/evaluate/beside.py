@@ -45,6 +45,7 @@ class PaperLine:
         published: what the paper prints; of an average that is not over all its benchmarks, and of macro, what follows
             from the printed scores.
         n, expected: questions answered, and questions that there are.
+        is_whole: whether it is over all questions, and all benchmarks of an average.
         marks: how it was made: a part of the questions, a part of the benchmarks, wording, frame of boxes.
     """
 
@@ -55,6 +56,7 @@ class PaperLine:
     published: float
     n: int
     expected: int
+    is_whole: bool
     marks: tuple[str, ...]
 
     @property
@@ -115,6 +117,7 @@ def beside_paper(scores: Mapping[str, Score], grades: Mapping[str, Sequence[Grad
             published=published[name],
             n=scores[name].n,
             expected=PAPER_QUESTIONS[name],
+            is_whole=not part_of(scores[name]),
             marks=marks_of(scores[name]),
         )
         for name in known
@@ -154,7 +157,7 @@ def _paper_average(
 ) -> PaperLine:
     counts = {column: 1 if name == "macro" else PAPER_QUESTIONS[column] for column in columns}
     ours, exact = average({column: scores[column].score for column in columns}, counts)
-    of_all = len(_COLUMNS[name])
+    members = [scores[column] for column in columns]
     found = mean([g for column in columns for g in grades[column]], counts=counts)
     return PaperLine(
         name=name,
@@ -164,10 +167,8 @@ def _paper_average(
         published=average(published, counts)[0],
         n=sum(scores[column].n for column in columns),
         expected=sum(PAPER_QUESTIONS[column] for column in columns),
-        marks=(
-            *([f"over {len(columns)} of {of_all} benchmarks"] if len(columns) < of_all else []),
-            *marks_of_average([scores[column] for column in columns]),
-        ),
+        is_whole=not parts_of_average(members, len(_COLUMNS[name])),
+        marks=marks_of_average(members, len(_COLUMNS[name])),
     )
 
 
@@ -216,13 +217,19 @@ def part_of(score: Score) -> str:
     return f"{score.n:,} of {expected:,}{known}"
 
 
-def marks_of_average(scores: Sequence[Score]) -> tuple[str, ...]:
-    """The marks of a mean over several benchmarks."""
+def parts_of_average(scores: Sequence[Score], of_all: int) -> tuple[str, ...]:
+    """In what a mean over several of `of_all` benchmarks is not over the whole of them: some lack, some are partial."""
     partial = sum(bool(part_of(score)) for score in scores)
     return (
+        *([f"over {len(scores)} of {of_all} benchmarks"] if len(scores) < of_all else []),
         *([f"partial: {partial} of {len(scores)} benchmarks"] if partial else []),
-        *dict.fromkeys(mark for score in scores for mark in _profile(score)),
     )
+
+
+def marks_of_average(scores: Sequence[Score], of_all: int | None = None) -> tuple[str, ...]:
+    """The marks of a mean over several of `of_all` benchmarks; None: these are all."""
+    parts = parts_of_average(scores, len(scores) if of_all is None else of_all)
+    return (*parts, *dict.fromkeys(mark for score in scores for mark in _profile(score)))
 
 
 def _profile(score: Score) -> tuple[str, ...]:

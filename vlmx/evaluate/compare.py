@@ -1,14 +1,16 @@
 """Is one run better than another, or is it chance? Means and paired differences, with intervals by image.
 
 POPE's score is the mean of its splits, and it stays so when its questions stand in an average with others.
+
+Two runs are held against each other only on questions that are the same: files of another version may give an id to
+another question.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vlmx.data.records import Question
@@ -17,6 +19,7 @@ from vlmx.evaluate.intervals import Estimate, estimate, paired_difference
 from vlmx.evaluate.metrics import MEAN_OF_TYPES
 from vlmx.evaluate.score import Grade
 
+SAME_FILES = "answer both with the same annotation files (vlmx eval --data-root)"
 Key = tuple[str, str]  # benchmark and id: two benchmarks may ask the same questions, as TextVQA with and without OCR
 
 
@@ -29,6 +32,8 @@ class Difference:
         points: mean paired difference in percentage points, first minus second.
         interval95: its bootstrap interval over images.
         n: number of questions that both answered.
+        benchmarks: those that the questions are of.
+        unlike: how many more have the same id in both runs, and are not the same question (`is_same`).
         first_percent, second_percent: what each scores on these.
     """
 
@@ -37,6 +42,8 @@ class Difference:
     points: float
     interval95: tuple[float, float]
     n: int
+    benchmarks: tuple[str, ...]
+    unlike: int
     first_percent: float
     second_percent: float
 
@@ -46,10 +53,16 @@ class Difference:
         low, high = self.interval95
         return low > 0 or high < 0
 
+    @property
+    def basis(self) -> str:
+        """What the numbers stand on: "80 questions of vqav2, pope; 12 left out: same id, another question"."""
+        more = f"; {self.unlike:,} left out: same id, another question" if self.unlike else ""
+        return f"{_questions(self.n)} of {', '.join(self.benchmarks)}{more}"
+
     def sentence(self, subject: str) -> str:
-        """E.g. "a > b on boxes: +5.1 [3.0, 7.2]" or "a and b are not separable on boxes: +0.4 [-1.0, 1.9]"."""
+        """E.g. "a > b on boxes: +5.1 [3.0, 7.2], 80 questions of refcoco", or that they are not separable."""
         low, high = self.interval95
-        numbers = f"{self.points:+.1f} [{low:.1f}, {high:.1f}]"
+        numbers = f"{self.points:+.1f} [{low:.1f}, {high:.1f}], {self.basis}"
         if not self.separable:
             return f"{self.first} and {self.second} are not separable on {subject}: {numbers}"
         return f"{self.first} {'>' if self.points > 0 else '<'} {self.second} on {subject}: {numbers}"
@@ -96,11 +109,13 @@ def compare(
     Raises:
         UsageError: the runs have no question in common.
     """
-    others = {key_of(g.question): g for g in second_grades}
-    shared = [g for g in first_grades if key_of(g.question) in others]
+    (shared, theirs), unlike = common([first_grades, second_grades])
     if not shared:
-        raise UsageError(f"'{first}' and '{second}' have answered no question in common")
-    theirs = [others[key_of(g.question)] for g in shared]
+        raise UsageError(
+            f"'{first}' and '{second}' have answered no question in common",
+            why=unlike_text(unlike),
+            fix=SAME_FILES if unlike else "",
+        )
     parts, weights = _parts([g.question for g in shared], counts)
     found = paired_difference(
         [100 * g.value for g in shared],
@@ -115,6 +130,8 @@ def compare(
         points=found.value,
         interval95=found.interval95,
         n=len(shared),
+        benchmarks=tuple(dict.fromkeys(g.question.benchmark for g in shared)),
+        unlike=unlike,
         first_percent=percent(shared, counts=counts),
         second_percent=percent(theirs, counts=counts),
     )
@@ -134,23 +151,67 @@ def order(
     Raises:
         UsageError: there is no question that all runs answered.
     """
-    answered = [{key_of(g.question) for g in grades} for grades in grades_by_run.values()]
-    common = reduce(set.intersection, answered) if answered else set()
-    if not common:
+    rows, unlike = common(list(grades_by_run.values()))
+    if not (rows and rows[0]):
         raise UsageError(
             "the runs have answered no question in common",
-            why=", ".join(grades_by_run),
-            fix="compare runs that were asked the same benchmarks",
+            why="; ".join(filter(None, [", ".join(grades_by_run), unlike_text(unlike)])),
+            fix=SAME_FILES if unlike else "compare runs that were asked the same benchmarks",
         )
-    kept = {name: [g for g in grades if key_of(g.question) in common] for name, grades in grades_by_run.items()}
+    kept = dict(zip(grades_by_run, rows, strict=True))
     means = {name: percent(grades, counts=counts) for name, grades in kept.items()}
     ranked = sorted(kept, key=lambda name: (-means[name], name))
-    return [compare(a, kept[a], b, kept[b], counts=counts) for a, b in pairwise(ranked)]
+    steps = [compare(a, kept[a], b, kept[b], counts=counts) for a, b in pairwise(ranked)]
+    return [replace(step, unlike=unlike) for step in steps]
+
+
+def common(rows: Sequence[Sequence[Grade]]) -> tuple[list[list[Grade]], int]:
+    """What all runs answered.
+
+    Args:
+        rows: the grades of each run.
+
+    Returns:
+        For each row its grades of the questions that are in all of them, in the order of the first; and how many more
+        are in all of them by benchmark and id, but are not the same question.
+    """
+    by_key = [{key_of(g.question): g for g in row} for row in rows]
+    if not by_key:
+        return [], 0
+    first, *others = by_key
+    known = [key for key in first if all(key in other for other in others)]
+    same = [key for key in known if all(is_same(first[key].question, other[key].question) for other in others)]
+    return [[row[key] for key in same] for row in by_key], len(known) - len(same)
 
 
 def key_of(question: Question) -> Key:
     """What a question is known by among those of all benchmarks."""
     return question.benchmark, question.id
+
+
+def is_same(question: Question, other: Question) -> bool:
+    """Whether two questions with the same key ask the same of the same image, and have the same right answer.
+
+    Annotation files of two versions may number their questions differently. The wordings of a phrase to locate (see
+    vlmx.data.wording) do not make it another question.
+    """
+    return question is other or _content(question) == _content(other)
+
+
+def _content(question: Question) -> tuple[object, ...]:
+    phrase = question.prompt.replace('"', "").rstrip(".") if question.kind == "box" else question.prompt
+    return question.image, question.kind, question.question_type, question.answers, question.box, phrase
+
+
+def unlike_text(count: int) -> str:
+    """What to say of questions that have the same id and are not the same; "" if there are none."""
+    if not count:
+        return ""
+    return f"{_questions(count)} with the same id, but not the same image, wording or annotation"
+
+
+def _questions(count: int) -> str:
+    return f"{count:,} question{'' if count == 1 else 's'}"
 
 
 def _parts(

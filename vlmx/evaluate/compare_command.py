@@ -169,9 +169,14 @@ def _beside_runs(graded: Sequence[Graded]) -> list[dict[str, Any]]:
     """
     from vlmx.evaluate.beside_run import beside_run
 
-    found, lacking = [], []
+    found, lacking, fixes = [], [], []
     for first, second in combinations(graded, 2):
-        beside = beside_run(first, second)
+        try:
+            beside = beside_run(first, second)
+        except UsageError as error:  # no question of a benchmark in common; other runs may have some
+            lacking.append(": ".join(filter(None, [error.what, error.why])))
+            fixes.append(error.fix)
+            continue
         if not beside.lines:
             lacking.append(f"'{first.name}' and '{second.name}' have answered no benchmark in common")
             continue
@@ -185,7 +190,7 @@ def _beside_runs(graded: Sequence[Graded]) -> list[dict[str, Any]]:
             }
         )
     if not found:
-        raise UsageError("the runs cannot be compared", why="; ".join(lacking))
+        raise UsageError("the runs cannot be compared", why="; ".join(lacking), fix="; ".join(dict.fromkeys(fixes)))
     for line in lacking:
         warn(line)
     return found
@@ -210,6 +215,7 @@ def _pair_line(line: PairLine) -> dict[str, Any]:
         "difference95": difference.interval95,
         "separable": difference.separable,
         "n": difference.n,
+        "not_the_same": difference.unlike,
         "marks": line.marks,
     }
 
@@ -239,6 +245,9 @@ def _show_paper(one: Mapping[str, Any]) -> None:
 
 
 def _show_pair(one: Mapping[str, Any]) -> None:
+    from vlmx.evaluate.beside import AVERAGE_TEXT
+    from vlmx.evaluate.compare import SAME_FILES, unlike_text
+
     rows = [
         (
             _text(line["name"]),
@@ -254,6 +263,9 @@ def _show_pair(one: Mapping[str, Any]) -> None:
     ]
     columns = [one["first"], one["second"], "difference", "its 95 % interval", "separable", "questions", "marks"]
     table(["percent", *columns], rows, title=f"{one['first']} beside {one['second']}")
+    for line in one["lines"]:
+        if line["not_the_same"] and line["name"] not in AVERAGE_TEXT:
+            warn(f"{line['name']}: left out are {unlike_text(line['not_the_same'])}; {SAME_FILES}")
     _show_rest(one)
 
 

@@ -18,7 +18,9 @@ from vlmx.runs import RunFolder
 if TYPE_CHECKING:
     from vlmx.evaluate.maps_plot import Panel
     from vlmx.evaluate.maps_region import Region
+    from vlmx.evaluate.score import Grade
 
+NO_BOX = "the answer is not a box"
 SUFFIXES = (".png", ".svg", ".pdf")
 
 EPILOG = """\b
@@ -154,22 +156,31 @@ def _panels(region: Region, cache_names: Sequence[str], source_wh: tuple[int, in
     from vlmx.evaluate.maps import region_map
     from vlmx.evaluate.maps_plot import Panel
 
-    wanted = [(run, cache, grade.box) for run, cache, grade in region.answers]
-    wanted += [("", cache, None) for cache in cache_names]
+    wanted: list[tuple[str, str, Grade | None]] = [*region.answers, *(("", cache, None) for cache in cache_names)]
     panels = []
-    for run, cache, answered in wanted:
+    for run, cache, grade in wanted:
         found = region_map(open_cache(cache, caches, allow_partial=True), region.image, region.box, source_wh)
-        panels.append(Panel(title=run or stem(found.cache), region=found, answered=answered))
+        panels.append(
+            Panel(
+                title=run or stem(found.cache),
+                region=found,
+                answered=grade.box if grade else None,
+                remark="" if grade is None or grade.valid else NO_BOX,
+            )
+        )
     return panels
 
 
 def _print(panels: Sequence[Panel]) -> None:
+    columns = ["map", "cells", "similarity in the box", "elsewhere", "box or not, area under ROC", "cache"]
+    with_remarks = any(panel.remark for panel in panels)
     rows = []
     for panel in panels:
         found = panel.region
         height, width = found.similarity_RC.shape
         area = found.area_under_roc
         numbers = (f"{found.inside:.3f}", f"{found.outside:.3f}", "" if area is None else f"{area:.3f}")
-        rows.append((panel.title, f"{height} x {width}", *numbers, found.cache))
-    columns = ["map", "cells", "similarity in the box", "elsewhere", "box or not, area under ROC", "cache"]
-    table(columns, rows, title="cosine similarity with the mean token of the box")
+        remark = [panel.remark] if with_remarks else []
+        rows.append((panel.title, f"{height} x {width}", *numbers, found.cache, *remark))
+    title = "cosine similarity with the mean token of the box"
+    table([*columns, "remark"] if with_remarks else columns, rows, title=title)

@@ -6,6 +6,7 @@ Shapes: pixels_HW3 is a photo of H rows, W columns and red, green, blue, 0..255.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -38,11 +39,13 @@ class Panel:
         title: above it.
         region: the numbers.
         answered: a model's box, x1 y1 x2 y2 in pixels of the photo; None without an answer that is a box.
+        remark: below the title, e.g. that the answer is not a box; "" for none.
     """
 
     title: str
     region: RegionMap
     answered: Box | None = None
+    remark: str = ""
 
 
 def pixels_of(data: bytes, *, name: str) -> Pixels:
@@ -61,7 +64,8 @@ def pixels_of(data: bytes, *, name: str) -> Pixels:
     try:
         pixels = np.asarray(images.imread(io.BytesIO(data), format=None if data[:8] == b"\x89PNG\r\n\x1a\n" else "jpg"))
     except (OSError, ValueError, SyntaxError, bomb) as error:
-        raise DataError(f"cannot read {name}", why=str(error), fix="give an image file such as .jpg or .png") from error
+        why = re.sub(r" *<_io[^>]*>", "", str(error))  # "cannot identify image file <_io.BytesIO object at 0x7f...>"
+        raise DataError(f"cannot read {name}", why=why, fix="give an image file such as .jpg or .png") from error
     if pixels.dtype != np.uint8:  # PNG comes in 0..1
         pixels = np.round(255 * np.clip(pixels.astype(np.float64), 0, 1)).astype(np.uint8)
     if pixels.ndim == 2:
@@ -102,7 +106,7 @@ def draw_maps(
     for column, panel in enumerate(panels):
         if photo_HW3 is not None:
             _show_photo(grid[0][column], panel.region, frame, photo_HW3)
-            _finish(grid[0][column], panel, frame, title=panel.title)
+            _finish(grid[0][column], panel, frame, title=_title(panel))
         map_axes = grid[-1][column]
         (left, top, right, bottom), _ = _frame_of(panel.region, frame)
         image = map_axes.imshow(
@@ -113,7 +117,7 @@ def draw_maps(
             extent=(left, right, bottom, top),
             interpolation="nearest",
         )
-        _finish(map_axes, panel, frame, title="" if rows == 2 else panel.title)
+        _finish(map_axes, panel, frame, title="" if rows == 2 else _title(panel))
     bar = figure.colorbar(image, ax=list(grid[-1]), shrink=0.9, pad=0.02)
     bar.set_label("cosine similarity with\nthe mean token of the box", fontsize=8)
     bar.ax.tick_params(labelsize=8)
@@ -128,6 +132,10 @@ def draw_maps(
         ]
     figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
+
+
+def _title(panel: Panel) -> str:
+    return "\n".join(filter(None, [panel.title, panel.remark]))
 
 
 def _frame_of(region: RegionMap, frame: Frame) -> tuple[Box, tuple[float, float]]:

@@ -152,7 +152,7 @@ def region_of_question(
     from vlmx.data.benchmarks import BENCHMARKS
     from vlmx.data.mini.questions import BOX_REQUEST
     from vlmx.data.published import DATA_ROOT
-    from vlmx.evaluate.compare import key_of
+    from vlmx.evaluate.compare import SAME_FILES, is_same, key_of
 
     found = [_answer(run, wanted, benchmark, data_root) for run in runs]
     asked = found[0][1].question
@@ -160,6 +160,12 @@ def region_of_question(
     if len(meant) > 1:
         names = ", ".join(f"{name} of {of}" for of, name in meant)
         raise UsageError(f"'{wanted}' is another question in each run", why=names, fix="give its id, and --bench NAME")
+    if not all(is_same(asked, grade.question) for _, grade in found):
+        raise UsageError(
+            f"'{wanted}' is not the same question in each run",
+            why="; ".join(f"{run.name}: {_phrase(grade)}" for run, (_, grade) in zip(runs, found, strict=True)),
+            fix=f"name one run alone, or {SAME_FILES}",
+        )
     answers = [(run.name, header.cache, grade) for run, (header, grade) in zip(runs, found, strict=True)]
     root = data_root or Path(found[0][0].data_root or DATA_ROOT)
     box, source_wh = asked.region
@@ -192,16 +198,21 @@ def _answer(run: RunFolder, wanted: str, benchmark: str | None, data_root: Path 
         )
     if len(found) > 1:
         names = ", ".join(dict.fromkeys(header.benchmark for header, _ in found))
-        few = "; ".join(
-            f"{header.benchmark} {grade.question.id}: {grade.question.prompt.partition(': ')[2]}"
-            for header, grade in found[:_SHOWN]
-        )
+        few = "; ".join(f"{header.benchmark} {grade.question.id}: {_phrase(grade)}" for header, grade in found[:_SHOWN])
+        fixes = [
+            *(["say which benchmark with --bench NAME"] if len({header.benchmark for header, _ in found}) > 1 else []),
+            *([] if exact else ["give the id of one of them, or more of its text"]),
+        ]
         raise UsageError(
             f"'{wanted}' is in {len(found)} questions of {names}",
             why=few,
-            fix="say which benchmark with --bench NAME" if exact else "give the id of one of them, or more of its text",
+            fix=", and ".join(fixes),
         )
     return found[0]
+
+
+def _phrase(grade: Grade) -> str:
+    return grade.question.prompt.partition(": ")[2]
 
 
 def _box_benchmarks(run: RunFolder, answered: Sequence[str], wanted: str | None) -> list[str]:

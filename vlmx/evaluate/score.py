@@ -39,8 +39,7 @@ _COMPARISON_TEXT: Mapping[Comparison, str] = {
     "corrected": "after the answer was converted from the encoder's input to the source image",
     "raw": "as the paper's evaluation takes it: letterbox ignored, true box rounded to two decimals",
 }
-
-
+_OLD_FILES = "give the folder with the old files with --data-root, or delete the answers and give `vlmx eval` again"
 _BOXES_TEXT: Mapping[BoxRule, str] = {
     "exact": "boxes converted from the encoder's input to the source image",
     "paper": "boxes compared raw, as in the paper's evaluation",
@@ -243,7 +242,20 @@ def grade_answers(
         raise RunError(
             f"the annotations of '{header.benchmark}' are not the ones that its answers were made for",
             why="ids, prompts or right answers have changed since; scores of the two would not be comparable",
-            fix="give the folder with the old files with --data-root, or delete the answers and give `vlmx eval` again",
+            fix=_OLD_FILES,
+        )
+    changed = [
+        q.id
+        for q in questions
+        if (answer := by_id.get(q.id)) is not None
+        # under the control each question is shown another image
+        and (answer.prompt != q.prompt or (header.control == "none" and answer.image != q.image))
+    ]
+    if changed:
+        raise RunError(
+            f"{len(changed):,} answers to '{header.benchmark}' were given to other questions than the annotations have",
+            why=f"e.g. {changed[0]}, whose prompt or image is another one in the answers",
+            fix=_OLD_FILES,
         )
     geometry = Geometry(**header.geometry)
     return [

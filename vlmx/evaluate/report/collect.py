@@ -12,7 +12,7 @@ from vlmx.cache_specs.places import Place
 from vlmx.console import note
 from vlmx.data.published import DATA_ROOT
 from vlmx.errors import RunError
-from vlmx.evaluate.beside import PAPER_QUESTIONS, part_of, weights_of
+from vlmx.evaluate.beside import PAPER_QUESTIONS, part_of, parts_of_average, weights_of
 from vlmx.evaluate.compare import Difference
 from vlmx.evaluate.paper_rows import PaperRow, named_rows, paper_rows
 from vlmx.evaluate.probe import ProbeResult, read_probe
@@ -54,6 +54,16 @@ class Report:
     caches: str | Path | Place
     data_roots: Mapping[str, Path]
     partial: bool
+
+    def parts_of(self, run: RunData, group: str) -> tuple[str, ...]:
+        """In what a run's average over a group ("VQA", "boxes", "overall") is not over the whole of this report."""
+        members = {"VQA": self.text_benchmarks, "boxes": self.box_benchmarks, "overall": self.benchmarks}[group]
+        return parts_of_average([run.scores[name] for name in members if name in run.scores], len(members))
+
+    def baselines_of(self, benchmark: str) -> Mapping[str, float]:
+        """The baselines over the questions of the run that answered most of a benchmark."""
+        scores = [run.scores[benchmark] for run in self.runs if benchmark in run.scores]
+        return max(scores, key=lambda score: score.n).baselines
 
 
 def collect(

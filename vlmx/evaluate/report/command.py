@@ -112,7 +112,6 @@ def _csv(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def _print(found: Report) -> None:
-    from vlmx.evaluate.beside import part_of
     from vlmx.evaluate.report.html import alarm_of
     from vlmx.evaluate.report.paper_table import title_of
     from vlmx.evaluate.report.rankings import SUBJECT_TEXT
@@ -120,25 +119,30 @@ def _print(found: Report) -> None:
     columns = ["run", *map(title_of, found.benchmarks), "VQA", "boxes", "overall"]
     rows = []
     for name in ("prior", "random_object"):
-        values = [_baseline_cell(found, benchmark, name) for benchmark in found.benchmarks]
-        if any(values):
-            rows.append((name.replace("_", " "), *values, "", "", ""))
+        values = [found.baselines_of(benchmark).get(name) for benchmark in found.benchmarks]
+        if any(value is not None for value in values):
+            cells = ["" if value is None else f"{value:.1f}" for value in values]
+            rows.append((name.replace("_", " "), *cells, "", "", ""))
     for run in found.runs:
         cells = [_cell(run.scores.get(benchmark)) for benchmark in found.benchmarks]
-        kinds = {"VQA": ("text",), "boxes": ("box",), "overall": ("text", "box")}
-        partial = {score.kind for score in run.scores.values() if part_of(score)}
         means = [
-            f"{run.pooled[group].score:.1f}{_PARTIAL if partial & set(members) else ''}" if group in run.pooled else ""
-            for group, members in kinds.items()
+            f"{run.pooled[group].score:.1f}{_PARTIAL if found.parts_of(run, group) else ''}"
+            if group in run.pooled
+            else ""
+            for group in ("VQA", "boxes", "overall")
         ]
         rows.append((run.name, *cells, *means))
         if run.control_scores:
             control = [_cell(run.control_scores.get(benchmark)) for benchmark in found.benchmarks]
             rows.append(("  images shuffled", *control, "", "", ""))
-    table(columns, rows, title=f"{_PARTIAL} not over all of the benchmark's questions" if found.partial else "")
+    is_marked = any(_PARTIAL in cell for row in rows for cell in row[1:])
+    meaning = f"{_PARTIAL} not over all of the benchmark's questions; in averages, or not over all benchmarks"
+    table(columns, rows, title=meaning if is_marked else "")
     for subject, ranked in groupby(found.rankings, key=attrgetter("subject")):
         click.echo(f"{SUBJECT_TEXT[subject]}:")
         for ranking in ranked:
+            if not ranking.steps:
+                click.echo(f"  {ranking.group}: {ranking.basis}")
             for step in ranking.steps:
                 click.echo(f"  {step.sentence(ranking.group)}")
     for run in found.runs:
@@ -150,8 +154,3 @@ def _cell(score: Score | None) -> str:
     from vlmx.evaluate.beside import part_of
 
     return "" if score is None else f"{score.score:.1f}{_PARTIAL if part_of(score) else ''}"
-
-
-def _baseline_cell(found: Report, benchmark: str, name: str) -> str:
-    values = [run.scores[benchmark].baselines.get(name) for run in found.runs if benchmark in run.scores]
-    return f"{values[0]:.1f}" if values[0] is not None else ""

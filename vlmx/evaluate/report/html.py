@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from vlmx import __version__
-from vlmx.evaluate.baselines import BASELINE_TEXT
+from vlmx.evaluate.baselines import BASELINE_TEXT, Baseline
 from vlmx.evaluate.beside import AVERAGE_TEXT, part_of
 from vlmx.evaluate.maps_plot import COLORS
 from vlmx.evaluate.report.collect import Report
@@ -47,6 +47,7 @@ def render(report: Report) -> str:
     colors = {run.name: color_of(index) for index, run in enumerate(report.runs)}
     samples = choose_samples(report)
     table = paper_table(report)
+    rows = [_row(report, name) for name in report.benchmarks]
     return environment.get_template("report.html.jinja").render(
         report=report,
         version=__version__,
@@ -62,7 +63,8 @@ def render(report: Report) -> str:
         samples=samples,
         maps=map_samples(report, samples),
         ramp=_ramp(),
-        rows=[_row(report, name) for name in report.benchmarks],
+        rows=rows,
+        has_own_base=any(text for row in rows for text in row["own_base"].values()),
         parts=_parts(report),
         baseline_text=BASELINE_TEXT,
         subject_text=SUBJECT_TEXT,
@@ -116,15 +118,24 @@ def _row(report: Report, benchmark: str) -> dict[str, Any]:
     """One benchmark of the result table."""
     scores = {run.name: run.scores[benchmark] for run in report.runs if benchmark in run.scores}
     any_score = next(iter(scores.values()))
+    baselines = report.baselines_of(benchmark)
     return {
         "benchmark": benchmark,
         "kind": any_score.kind,
         "expected": any_score.expected,
-        "baselines": any_score.baselines,
+        "baselines": baselines,
         "scores": scores,
         "controls": {run.name: run.control_scores.get(benchmark) for run in report.runs},
         "times": {name: times_baseline(score) for name, score in scores.items()},
+        "own_base": {name: _own_base(score, baselines) for name, score in scores.items()},
     }
+
+
+def _own_base(score: Score, shown: Mapping[str, float]) -> str:
+    """The baseline over the questions of a score, where it is another than the one that is shown for its benchmark."""
+    name = _counting_baseline(score)
+    own = score.baselines.get(name)
+    return "" if own is None or f"{own:.1f}" == f"{shown.get(name, -1):.1f}" else f" {own:.1f}"
 
 
 def _parts(report: Report) -> dict[str, list[str]]:
@@ -147,8 +158,12 @@ def _ramp() -> str:
 
 def times_baseline(score: Score) -> float | None:
     """Score over the baseline that counts: the answer prior for text, a random true object for boxes; None without."""
-    baseline = score.baselines.get("prior" if score.kind == "text" else "random_object")
+    baseline = score.baselines.get(_counting_baseline(score))
     return score.score / baseline if baseline else None
+
+
+def _counting_baseline(score: Score) -> Baseline:
+    return "prior" if score.kind == "text" else "random_object"
 
 
 def config_text(run: RunData) -> dict[str, str]:

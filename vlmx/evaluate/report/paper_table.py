@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal
 
 from vlmx.evaluate.aggregate import LOC_QUESTIONS, VQA_QUESTIONS, average
@@ -40,8 +41,18 @@ TITLES: Mapping[str, tuple[str, str]] = {  # the two lines of the paper's heads
     WEIGHTED_OVERALL: ("Weighted", "Overall"),
 }
 _OF_MODEL_IN_LATEX = ("pretrained", "encoder", "params", "image_size", "tokens")
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    '"': r"\textquotedblright{}",
+}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 _LATEX |= {mark: rf"\{mark}" for mark in "&%$#_{}"}
+_SET_BY_LATEX = frozenset("ßæøåœÆØÅŒ")  # besides ASCII and letters with these accents, without further packages
+_ACCENTS = frozenset(map(chr, (0x300, 0x301, 0x302, 0x303, 0x304, 0x306, 0x307, 0x308, 0x30A, 0x30B, 0x30C, 0x327)))
+_ROWS_OF_FLOAT = 45  # with head, caption and notes well below a page
+_LETTERS_OF_TAG = 24
 DAGGER = r"\textsuperscript{\textdagger}"
 
 
@@ -74,17 +85,19 @@ class PaperTable:
 
     Attributes:
         vqa, loc: benchmarks of the two groups: the paper's eleven, or others where the runs have none of these.
+        others: benchmarks that the paper does not have, where `vqa` and `loc` are the paper's.
         rows: the runs, then published rows.
     """
 
     vqa: tuple[str, ...]
     loc: tuple[str, ...]
+    others: tuple[str, ...]
     rows: tuple[TableRow, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All columns of scores, in the paper's order."""
-        return (*self.vqa, WEIGHTED_VQA, *self.loc, WEIGHTED_LOC, WEIGHTED_OVERALL)
+        """All columns of scores, in the paper's order, then the others."""
+        return (*self.vqa, WEIGHTED_VQA, *self.loc, WEIGHTED_LOC, WEIGHTED_OVERALL, *self.others)
 
     def best(self, column: str) -> str | None:
         """The highest printed score of a column, of those that cover the whole benchmark."""
@@ -97,8 +110,9 @@ def paper_table(report: Report) -> PaperTable:
     papers = bool(report.published) or any(name in PAPER_QUESTIONS for name in report.benchmarks)
     vqa = tuple(VQA_QUESTIONS) if papers else tuple(report.text_benchmarks)
     loc = tuple(LOC_QUESTIONS) if papers else tuple(report.box_benchmarks)
-    rows = [_row_of_run(run, vqa, loc) for run in report.runs]
-    return PaperTable(vqa=vqa, loc=loc, rows=(*rows, *map(_row_of_paper, report.published)))
+    others = tuple(name for name in report.benchmarks if name not in (*vqa, *loc))
+    rows = [_row_of_run(run, vqa, loc, others) for run in report.runs]
+    return PaperTable(vqa=vqa, loc=loc, others=others, rows=(*rows, *map(_row_of_paper, report.published)))
 
 
 def _row_of_paper(row: PaperRow) -> TableRow:
@@ -111,8 +125,8 @@ def _row_of_paper(row: PaperRow) -> TableRow:
     return TableRow(run="", model=printed_row.model, scores={**printed_row.scores, **averages})
 
 
-def _row_of_run(run: RunData, vqa: Sequence[str], loc: Sequence[str]) -> TableRow:
-    scores = {name: run.scores[name].score for name in (*vqa, *loc) if name in run.scores}
+def _row_of_run(run: RunData, vqa: Sequence[str], loc: Sequence[str], others: Sequence[str]) -> TableRow:
+    scores = {name: run.scores[name].score for name in (*vqa, *loc, *others) if name in run.scores}
     partial = {name for name in scores if part_of(run.scores[name])}
     for average_name, members in ((WEIGHTED_VQA, vqa), (WEIGHTED_LOC, loc), (WEIGHTED_OVERALL, (*vqa, *loc))):
         if members and all(name in scores for name in members):
@@ -186,44 +200,77 @@ def to_csv(table: PaperTable) -> str:
 
 
 def to_latex(table: PaperTable) -> str:
-    """Two tables as the paper has them, text answers and boxes; needs booktabs. The best of each column is bold."""
-    parts = []
-    if table.vqa:
-        parts.append(_latex_table(table, [*table.vqa, WEIGHTED_VQA], "Results on VQA benchmarks."))
-    if table.loc:
-        columns = [*table.loc, WEIGHTED_LOC, *([WEIGHTED_OVERALL] if table.vqa else [])]
-        parts.append(_latex_table(table, columns, "Results on localization benchmarks."))
-    return "% needs \\usepackage{booktabs}\n" + "\n".join(parts)
+    """Tables as the paper has them, text answers, boxes, and benchmarks that the paper does not have.
 
-
-def _latex_table(table: PaperTable, columns: Sequence[str], caption: str) -> str:
-    names = [*_OF_MODEL_IN_LATEX, *columns]
-    heads = [TITLES.get(name, (name, "")) for name in names]
-    best = {name: table.best(name) for name in columns}
-    lines = [
-        r"\begin{table*}[t]",
-        r"\centering",
-        rf"\caption{{{caption}}}",
-        rf"\begin{{tabular}}{{llrrr{'r' * len(columns)}}}",
-        r"\toprule",
-        " & ".join(escaped(head) for head, _ in heads) + r" \\",
-        " & ".join(escaped(head) for _, head in heads) + r" \\",
-        r"\midrule",
+    They need booktabs and graphicx, are as wide as the page at most, and go on in further floats where rows are many.
+    The best of each column is bold. A model without any score in a table is not in it.
+    """
+    tables = [
+        ([*table.vqa, WEIGHTED_VQA], "Results on VQA benchmarks."),
+        ([*table.loc, WEIGHTED_LOC, *([WEIGHTED_OVERALL] if table.vqa else [])], "Results on localization benchmarks."),
+        ([*table.others], "Results on other benchmarks."),
     ]
+    lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
+    unset = [row.run for row in table.rows if "?" in escaped(row.run) and "?" not in row.run]
+    lines += [f"% with ? for what LaTeX cannot set without further packages: {name}" for name in unset]
+    for columns, caption in tables:
+        rows = tuple(row for row in table.rows if any(name in row.scores for name in columns))
+        if rows:
+            lines += _latex_table(replace(table, rows=rows), columns, caption)
+    return "\n".join([*lines, ""])
+
+
+def _latex_table(table: PaperTable, columns: Sequence[str], caption: str) -> list[str]:
+    """Floats that together are one table, so that none is higher than a page."""
+    rows, notes = _latex_rows(table, columns), _notes(table, columns)
+    names = [*_OF_MODEL_IN_LATEX, *columns]
+    heads = [TITLES.get(name, (title_of(name), "")) for name in names]
+    lines = []
+    for start in range(0, len(rows), _ROWS_OF_FLOAT):
+        lines += [
+            r"\begin{table*}[tp]",
+            r"\centering",
+            rf"\caption{{{caption}}}"
+            if start == 0
+            else rf"\addtocounter{{table}}{{-1}}\caption{{{caption[:-1]}, continued.}}",
+            r"\scriptsize\setlength{\tabcolsep}{3pt}",
+            r"\sbox0{%",
+            rf"\begin{{tabular}}{{llrrr{'r' * len(columns)}}}",
+            r"\toprule",
+            " & ".join(escaped(head) for head, _ in heads) + r" \\",
+            " & ".join(escaped(head) for _, head in heads) + r" \\",
+            r"\midrule",
+            *rows[start : start + _ROWS_OF_FLOAT],
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\ifdim\wd0>\textwidth\resizebox{\textwidth}{!}{\usebox0}\else\usebox0\fi",
+            *([r"\par\smallskip\raggedright " + " ".join(notes)] if notes else []),
+            r"\end{table*}",
+        ]
+    return lines
+
+
+def _latex_rows(table: PaperTable, columns: Sequence[str]) -> list[str]:
+    best = {name: table.best(name) for name in columns}
     looks = Counter(tuple(_model_cell(row, name) for name in _OF_MODEL_IN_LATEX) for row in table.rows if row.run)
+    tags = _tags(table)
+    lines = []
     for number, row in enumerate(table.rows):
-        if number and table.rows[number - 1].run and not row.run:
-            lines.append(r"\midrule")
         cells = [_model_cell(row, name) for name in _OF_MODEL_IN_LATEX]
-        if looks[tuple(cells)] > 1 and row.run:
-            cells[_OF_MODEL_IN_LATEX.index("encoder")] += f" ({escaped(row.run)})"
+        if row.run and (looks[tuple(cells)] > 1 or tags[row.run] != row.run):
+            cells[_OF_MODEL_IN_LATEX.index("encoder")] += f" ({escaped(tags[row.run])})"
         cells += [_score_cell(row, name, best[name]) for name in columns]
-        lines.append(" & ".join(cells) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    notes = _notes(table, columns)
-    if notes:
-        lines.append(r"\par\smallskip\footnotesize " + " ".join(notes))
-    return "\n".join([*lines, r"\end{table*}", ""])
+        begins_published = number and table.rows[number - 1].run and not row.run
+        lines.append((r"\midrule " if begins_published else "") + " & ".join(cells) + r" \\")
+    return lines
+
+
+def _tags(table: PaperTable) -> dict[str, str]:
+    """What a run is called within a LaTeX table: its name, or a number where any name is too long for a cell."""
+    runs = [row.run for row in table.rows if row.run]
+    if len(runs) == 1 or all(len(run) <= _LETTERS_OF_TAG for run in runs):
+        return {run: run for run in runs}
+    return {run: f"run {number}" for number, run in enumerate(runs, start=1)}
 
 
 def _notes(table: PaperTable, columns: Sequence[str]) -> list[str]:
@@ -234,9 +281,11 @@ def _notes(table: PaperTable, columns: Sequence[str]) -> list[str]:
     runs = [row for row in table.rows if row.run]
     if runs and len(runs) < len(table.rows):
         notes.append("Below the line: as published.")
+    tags = _tags(table)
+    notes += [f"{tag}: {escaped(run)}." for run, tag in tags.items() if run != tag]
     said: dict[str, list[str]] = {}
     for row in runs:
-        said.setdefault("; ".join(row.remarks(columns)), []).append(row.run)
+        said.setdefault("; ".join(row.remarks(columns)), []).append(tags[row.run])
     for text, names in said.items():
         if not text:  # it has no score in this table
             continue
@@ -263,4 +312,10 @@ def _score_cell(row: TableRow, name: str, best: str | None) -> str:
 
 def escaped(text: str) -> str:
     """Text that LaTeX sets as it is."""
-    return "".join(_LATEX.get(mark, mark) for mark in text)
+    return "".join(_LATEX.get(mark, mark if _is_set(mark) else "?") for mark in text)
+
+
+def _is_set(mark: str) -> bool:
+    """Whether LaTeX sets the character in any document."""
+    parts = unicodedata.normalize("NFD", mark)
+    return mark in _SET_BY_LATEX or (parts[0].isascii() and parts[0].isprintable() and _ACCENTS.issuperset(parts[1:]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 from vlmx.evaluate.plot_text import as_written
 from vlmx.evaluate.report.paper_table import WEIGHTED_LOC, WEIGHTED_VQA, PaperTable, TableRow, title_of
-from vlmx.evaluate.report.plots import INK, RULE, figure_of, svg_of
+from vlmx.evaluate.report.plots import INK, RULE, figure_of, mark_style, number_of, svg_of
 
 _FAMILIES: Mapping[str, tuple[str, str]] = {  # beginning of the encoder's name -> family, marker
     "VMamba": ("VMamba", "o"),
@@ -21,6 +22,7 @@ _FAMILIES: Mapping[str, tuple[str, str]] = {  # beginning of the encoder's name 
     "Perceiver": ("ViT-Adapter", "P"),
 }
 _OTHERS = ("contrastive, self-supervised", "X")
+_LETTERS = 26  # of a run's name in a line
 _FAMILY_COLORS = ("#4477aa", "#66a5d8", "#228833", "#aa8800", "#ee6677", "#aa3377", "#8a8a8a", "#994455")
 
 
@@ -31,6 +33,8 @@ def family_of(encoder: str) -> tuple[str, str]:
 
 def averages_plot(table: PaperTable, colors: Mapping[str, str]) -> str:
     """Weighted VQA against weighted localization: published rows by family, runs as large named stars.
+
+    A faint star with a dagger is over other questions than all of the benchmarks.
 
     Args:
         table: rows of runs and of the paper.
@@ -51,10 +55,24 @@ def averages_plot(table: PaperTable, colors: Mapping[str, str]) -> str:
             linewidths=0,
             label=family[0],
         )
-    for row in _runs_with_averages(table):
-        at = (row.scores[WEIGHTED_VQA], row.scores[WEIGHTED_LOC])
-        axes.plot(*at, marker="*", markersize=15, color=colors[row.run], markeredgecolor=INK, markeredgewidth=0.8)
-        axes.annotate(as_written(row.run), at, xytext=(8, 4), textcoords="offset points", fontsize=8, color=INK)
+    ours = _runs_with_averages(table)
+    places = [(row.scores[WEIGHTED_VQA], row.scores[WEIGHTED_LOC]) for row in ours]
+    for row, at in zip(ours, places, strict=True):
+        partial = bool({WEIGHTED_VQA, WEIGHTED_LOC} & row.partial)
+        axes.plot(*at, "*", markersize=15, **mark_style(colors[row.run], partial=partial, edge=INK))
+    low, high = axes.get_xlim()
+    for row, at in zip(ours, places, strict=True):
+        is_left = at[0] < (low + high) / 2  # then its name has room on the right
+        name = textwrap.fill(row.run, _LETTERS) + (" †" if {WEIGHTED_VQA, WEIGHTED_LOC} & row.partial else "")
+        axes.annotate(
+            as_written(name),
+            at,
+            xytext=(8 if is_left else -8, 4),
+            textcoords="offset points",
+            ha="left" if is_left else "right",
+            fontsize=8,
+            color=INK,
+        )
     axes.set_xlabel("weighted VQA, percent")
     axes.set_ylabel("weighted localization, percent")
     axes.grid(color=RULE, linewidth=0.6)
@@ -67,7 +85,7 @@ def _runs_with_averages(table: PaperTable) -> list[TableRow]:
 
 
 def strip_plot(table: PaperTable, colors: Mapping[str, str]) -> str:
-    """For each benchmark a line of all published scores, with the runs' scores on it."""
+    """For each benchmark a line of all published scores, with the runs' scores on it; faint ones are over a part."""
     benchmarks = [*table.vqa, *table.loc]
     figure, axes = figure_of("strips", height_in=0.7 + 0.36 * len(benchmarks))
     for place, name in enumerate(benchmarks):
@@ -75,8 +93,11 @@ def strip_plot(table: PaperTable, colors: Mapping[str, str]) -> str:
         axes.plot(values, [place] * len(values), "|", markersize=13, markeredgewidth=1.0, color=INK, alpha=0.35)
         for row in table.rows:
             if row.run and name in row.scores:
-                (dot,) = axes.plot(row.scores[name], place, "o", markersize=7, clip_on=False, zorder=5)
-                dot.set(color=colors[row.run], markeredgecolor=INK)
+                style = mark_style(colors[row.run], partial=name in row.partial, edge=INK)
+                axes.plot(row.scores[name], place, "o", markersize=7, clip_on=False, zorder=5, **style)
+                number = number_of([*colors].index(row.run), len(colors))
+                at = (row.scores[name], place)
+                axes.annotate(number, at, fontsize=5, color=INK, ha="center", va="center_baseline", zorder=6)
     axes.set_yticks(range(len(benchmarks)), [as_written(title_of(name)) for name in benchmarks])
     axes.set_ylim(len(benchmarks) - 0.5, -0.6)
     axes.set_xlim(0, 100)

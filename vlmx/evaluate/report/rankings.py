@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
 from vlmx.errors import UsageError
-from vlmx.evaluate.compare import Difference, Key, compare, key_of, order
+from vlmx.evaluate.compare import Difference, common, compare, order, unlike_text
 from vlmx.evaluate.score import Grade
 
 Subject = Literal["encoder", "connector", "run"]
@@ -42,12 +43,14 @@ class Ranking:
     Attributes:
         subject: what is ranked.
         group: on which benchmarks.
-        steps: one fewer than there are names.
+        steps: one fewer than there are names; none where all of them have answered no question in common.
+        basis: over what, e.g. "all 5 runs answered 80 questions of vqav2, pope", or why there is no order.
     """
 
     subject: Subject
     group: str
     steps: Sequence[Difference]
+    basis: str
 
 
 def rankings(
@@ -69,12 +72,23 @@ def rankings(
                 if contestant.grades.get(group):
                     members[getattr(contestant, subject)].append(contestant.grades[group])
             if len(members) > 1:
-                try:
-                    steps = order({name: mean_grades(rows) for name, rows in members.items()}, counts=weights)
-                except UsageError:  # no question that all of them answered, so there is no order
-                    continue
-                result.append(Ranking(subject=subject, group=group, steps=steps))
+                result.append(_ranking(subject, group, members, weights))
     return result
+
+
+def _ranking(
+    subject: Subject, group: str, members: Mapping[str, Sequence[Sequence[Grade]]], weights: Mapping[str, float]
+) -> Ranking:
+    rows = [row for of_one in members.values() for row in of_one]
+    who = "both runs" if len(rows) == 2 else f"all {len(rows)} runs"
+    _, unlike = common(rows)
+    try:
+        steps = order({name: mean_grades(of_one) for name, of_one in members.items()}, counts=weights)
+    except UsageError:
+        why = f": {unlike_text(unlike)}" if unlike else ""
+        return Ranking(subject=subject, group=group, steps=(), basis=f"{who} answered no question in common{why}")
+    steps = [replace(step, unlike=unlike) for step in steps]
+    return Ranking(subject=subject, group=group, steps=steps, basis=f"{who} answered {steps[0].basis}")
 
 
 def is_balanced(contestants: Sequence[Contestant]) -> bool:
@@ -89,14 +103,10 @@ def mean_grades(rows: Sequence[Sequence[Grade]]) -> list[Grade]:
     """For each question that all rows answered one grade whose value is the mean of theirs."""
     if len(rows) == 1:
         return list(rows[0])
-    values: dict[Key, list[float]] = defaultdict(list)
-    for row in rows:
-        for grade in row:
-            values[key_of(grade.question)].append(grade.value)
+    shared, _ = common(rows)
     return [
-        replace(grade, value=sum(values[key_of(grade.question)]) / len(rows))
-        for grade in rows[0]
-        if len(values[key_of(grade.question)]) == len(rows)
+        replace(grades[0], value=sum(grade.value for grade in grades) / len(grades))
+        for grades in zip(*shared, strict=True)
     ]
 
 
@@ -104,15 +114,13 @@ def pairs(
     contestants: Sequence[Contestant], groups: Sequence[str], *, weights: Mapping[str, float]
 ) -> list[dict[str, Difference]]:
     """For every two runs their differences by group; a group in which they share no question is left out."""
-    if len(contestants) < 2:
-        return []
-    asked = {
-        (c.run, group): {key_of(g.question) for g in c.grades.get(group, ())} for c in contestants for group in groups
-    }
     result = []
     for first, second in combinations(contestants, 2):
-        shared = [group for group in groups if asked[first.run, group] & asked[second.run, group]]
-        found = {g: compare(first.run, first.grades[g], second.run, second.grades[g], counts=weights) for g in shared}
+        found: dict[str, Difference] = {}
+        for group in groups:
+            rows = [one.grades.get(group, ()) for one in (first, second)]
+            with suppress(UsageError):  # they have no question in common
+                found[group] = compare(first.run, rows[0], second.run, rows[1], counts=weights)
         if found:
             result.append(found)
     return result

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlmx.data.records import Box, Question
+from vlmx.evaluate.compare import common
+from vlmx.evaluate.metrics.boxes import parse_box
 from vlmx.evaluate.report.collect import Report
 from vlmx.evaluate.report.pictures import Picture, picture_of
 from vlmx.evaluate.score import Grade
@@ -24,7 +28,7 @@ class Sample:
         benchmark: its name.
         why: what the runs did with it, e.g. "no run is right".
         question: the user's message without the sentences that every question of its kind carries.
-        truth: the right answer as text.
+        truth: the right answer as text; a box in parts of the photo.
         picture: the image; None if it is not at hand.
         image_wh: size of the image in pixels, where it is known.
         box: the true box in pixels of the source image; None for text questions.
@@ -62,38 +66,39 @@ def choose_samples(report: Report) -> list[Sample]:
     """For each benchmark a question that all runs answer right, one that some do, one that none does, and one with an
     answer that cannot be read, where they exist.
 
-    Among the candidates the one with the smallest SHA-256 of its id is taken, so nobody picked it by looking.
+    Among the candidates the one with the smallest SHA-256 of its id is taken, so nobody picked it by looking. Questions
+    that were not the same for all runs are no candidates.
     """
     samples = []
+    pictures: dict[tuple[Path, str], Picture | None] = {}  # a photo is read, and what is wrong with it noted, once
     for benchmark in report.benchmarks:
-        by_run = {
-            run.name: {g.question.id: g for g in run.grades[benchmark]}
-            for run in report.runs
-            if benchmark in run.grades
-        }
-        first = next(iter(by_run.values()))
-        shared = [qid for qid in first if all(qid in grades for grades in by_run.values())]
-        shared.sort(key=lambda qid: hashlib.sha256(qid.encode()).hexdigest())
-        taken: set[str] = set()
+        names = [run.name for run in report.runs if benchmark in run.grades]
+        rows, _ = common([run.grades[benchmark] for run in report.runs if benchmark in run.grades])
+        shared = sorted(zip(*rows, strict=True), key=lambda grades: _digest(grades[0].question.id))
         for why, wanted in _WANTED.items():
-            fits = (qid for qid in shared if qid not in taken and wanted([grades[qid] for grades in by_run.values()]))
-            chosen = next(fits, None)
+            chosen = next(filter(wanted, shared), None)
             if chosen is not None:
-                taken.add(chosen)
-                said = _ALONE.get(why, why) if len(by_run) == 1 else why
-                samples.append(_sample(report, said, {name: grades[chosen] for name, grades in by_run.items()}))
+                shared.remove(chosen)
+                question, root = chosen[0].question, report.data_roots[benchmark]
+                if (root, question.image) not in pictures:
+                    pictures[root, question.image] = picture_of(question, root)
+                picture = pictures[root, question.image]
+                said = _ALONE.get(why, why) if len(names) == 1 else why
+                samples.append(_sample(question, picture, said, dict(zip(names, chosen, strict=True))))
     return samples
 
 
-def _sample(report: Report, why: str, grades: Mapping[str, Grade]) -> Sample:
-    question = next(iter(grades.values())).question
-    picture = picture_of(question, report.data_roots[question.benchmark])
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sample(question: Question, picture: Picture | None, why: str, grades: Mapping[str, Grade]) -> Sample:
     return Sample(
         asked=question,
         benchmark=question.benchmark,
         why=why,
         question=_short(text_of(question)),
-        truth=_box_text(question) if question.kind == "box" else _short(_agreed(question.answers)),
+        truth=_box_text(*question.region) if question.kind == "box" else _short(_agreed(question.answers)),
         picture=picture,
         image_wh=picture.source_wh if picture else question.image_wh,
         box=question.box,
@@ -102,10 +107,17 @@ def _sample(report: Report, why: str, grades: Mapping[str, Grade]) -> Sample:
 
 
 def said(grade: Grade) -> str:
-    """An answer as the page shows it: as it was written, unless it is long, and what an option's letter stands for."""
+    """An answer as the page shows it: as it was written, unless it is long, and what an option's letter stands for.
+
+    A box is in parts of the photo as the true one is. Models write theirs in parts of the encoder's input; where that
+    is something else, it stands behind.
+    """
     from vlmx.evaluate.metrics import rule_of
     from vlmx.evaluate.metrics.rule import OptionRule
 
+    if grade.box is not None:
+        in_photo = _box_text(grade.box, grade.question.region[1])
+        return in_photo if parse_box(grade.text) == parse_box(in_photo) else f"{in_photo}, written {_short(grade.text)}"
     rule = rule_of(grade.question.benchmark)
     if not (grade.question.options and isinstance(rule, OptionRule)):
         return _short(grade.text)
@@ -115,7 +127,16 @@ def said(grade: Grade) -> str:
 
 def _short(text: str) -> str:
     more = len(text) - _MOST_LETTERS
-    return text if more <= 0 else f"{text[:_MOST_LETTERS]}… ({more:,} more characters)"
+    return _visible(text) if more <= 0 else f"{_visible(text[:_MOST_LETTERS])}… ({more:,} more characters)"
+
+
+def _visible(text: str) -> str:
+    r"""The text with control characters and halves of characters, which no page may hold, as \x00 or \ud800."""
+    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def text_of(question: Question) -> str:
@@ -131,6 +152,7 @@ def _agreed(answers: Sequence[str]) -> str:
     return ", ".join(answer if len(answers) == 1 else f"{answer} \N{MULTIPLICATION SIGN} {n}" for answer, n in counts)
 
 
-def _box_text(question: Question) -> str:
-    (x1, y1, x2, y2), (width, height) = question.region
-    return f"[{x1 / width:.2f}, {y1 / height:.2f}, {x2 / width:.2f}, {y2 / height:.2f}]"
+def _box_text(box: Box, image_wh: tuple[int, int]) -> str:
+    (x1, y1, x2, y2), (width, height) = box, image_wh
+    parts = (x1 / width, y1 / height, x2 / width, y2 / height)
+    return "[" + ", ".join(f"{round(part, 2) + 0:.2f}" for part in parts) + "]"  # + 0: no minus before a zero
