@@ -26,7 +26,7 @@ def whole_pope(root: Path) -> Path:
     names = [f"COCO_val2014_{number:012d}.jpg" for number in range(500)]
     for split, count in (("random", 2_910), ("popular", 3_000), ("adversarial", 3_000)):
         rows = [
-            {"question_id": n, "image": names[n % 500], "text": "Is there a cat in the image?", "label": "no"}
+            {"question_id": n, "image": names[n % 500], "text": f"Is there a {split} in the image?", "label": "no"}
             for n in range(1, count + 1)
         ]
         write_file(root, f"pope/coco_pope_{split}.json", rows)

@@ -86,7 +86,7 @@ def test_all_eleven_beside_a_row() -> None:
     vqav2 = found.lines[0]
     assert (vqav2.ours, vqav2.published, vqav2.difference, vqav2.within) == (66.0, 65.98, 0.02, True)
     assert vqav2.difference95[0] == pytest.approx(vqav2.interval95[0] - 65.98)
-    assert vqav2.marks == ("partial: 100 of 214,354", "prompts default")
+    assert vqav2.marks == ("partial: 100 of 214,354",)
     assert found.lines[-1].marks == ("partial: 100 of 18,342", "prompts default", "boxes exact")
     averages = {line.name: line for line in found.averages}
     printed = [averages[name].published for name in ("weighted_vqa", "weighted_loc", "weighted_overall")]
@@ -137,6 +137,8 @@ def test_a_run_that_collapsed_against_its_row() -> None:
     assert found.collapse is not None
     assert found.collapse.level == "collapsed"
     assert found.collapse.box_reference == ROW.published.weighted_loc
+    nothing = graded("run", {**LIKE_ROW, **dict.fromkeys(LOC_QUESTIONS, 0)})  # an interval without width, of 100 images
+    assert beside_paper(nothing.scores, nothing.grades, ROW).collapse is not None
     text = graded("run", {"gqa": 50})
     assert beside_paper(text.scores, text.grades, ROW).remark == ""
 
@@ -162,7 +164,7 @@ def test_two_runs_are_paired() -> None:
     assert [line.name for line in found.lines] == ["gqa", "refcoco"]
     assert found.left_out == ("pope",)
     gqa, refcoco = (line.difference for line in found.lines)
-    assert (gqa.points, gqa.interval95, gqa.separable) == (0, (0, 0), False)
+    assert (gqa.points, gqa.interval95, gqa.separable) == (0, (0, 0), None)
     assert (refcoco.points, refcoco.first_percent, refcoco.second_percent) == (10, 50, 40)
     assert refcoco.separable
     overall = {line.name: line.difference for line in found.averages}["weighted_overall"]
@@ -194,6 +196,42 @@ def test_the_alarm_names_the_run_whose_boxes_are_worse() -> None:
     assert beside_run(good, graded("text", {"mini-count": 60})).collapse is None
 
 
+def first_of(run: Graded) -> Graded:
+    """Its first question of each benchmark."""
+    grades = {name: of[:1] for name, of in run.grades.items()}
+    return replace(
+        run, grades=grades, scores={name: score_grades(header(name, 100), of) for name, of in grades.items()}
+    )
+
+
+def test_one_image_raises_no_alarm() -> None:
+    good, bad = (first_of(graded(name, {"vqav2": 50, "refcoco": percent})) for name, percent in (("a", 50), ("b", 0)))
+    beside = beside_paper(bad.scores, bad.grades, ROW)
+    loc = next(line for line in beside.averages if line.name == "weighted_loc")
+    assert (loc.ours, loc.published, loc.interval95, loc.within) == (0, 65.09, (0, 0), None)
+    assert beside.collapse is None
+    pair = beside_run(good, bad)
+    assert [(line.difference.points, line.difference.separable) for line in pair.lines] == [(0, None), (100, None)]
+    assert (pair.collapse, pair.alarm) == (None, "")
+
+
+def of_another_version(run: Graded, benchmark: str) -> Graded:
+    others = [replace(g, question=replace(g.question, image=f"{g.question.image}x")) for g in run.grades[benchmark]]
+    return replace(run, grades={**run.grades, benchmark: others})
+
+
+def test_a_benchmark_without_a_question_in_common_is_left_out_alone() -> None:
+    first, second = graded("a", {"gqa": 60, "pope": 80}), graded("b", {"gqa": 50, "pope": 70})
+    found = beside_run(first, of_another_version(second, "pope"))
+    assert [line.name for line in found.lines] == ["gqa"]
+    assert (found.left_out, found.nothing_common) == ((), {"pope": 100})
+    assert {line.difference.n for line in found.averages} == {100}
+    with pytest.raises(
+        UsageError, match=r"'a' and 'b' have answered no question in common.*200 questions with the same"
+    ):
+        beside_run(first, of_another_version(of_another_version(second, "pope"), "gqa"))
+
+
 BENCHES = [*VQA_QUESTIONS, *LOC_QUESTIONS]
 
 
@@ -211,14 +249,19 @@ def text_of(question: Question, right: bool) -> str:
 
 
 def make_run(root: Path, name: str, wrong_of: tuple[str, ...] = (), connector: str = "mlp3") -> Path:
-    """A run on disk that answered the tiny files of all eleven benchmarks."""
+    """A run on disk that answered the tiny files of all eleven benchmarks; one box is always right."""
     run = RunFolder.create(root / "runs" / name, kind="train", config={"data": "llava_v1_5_mix665k.json"})
     write_json(run.path / "model/model.json", {"connector": connector, "llm": "mini"})
     data = root / "data"
     for benchmark in BENCHES:
         questions = load_benchmark(benchmark, root=data)
         answers = [
-            Answer(id=q.id, image=q.image, prompt=q.prompt, text=text_of(q, benchmark not in wrong_of))
+            Answer(
+                id=q.id,
+                image=q.image,
+                prompt=q.prompt,
+                text=text_of(q, benchmark not in wrong_of or (benchmark == "ocid_ref" and q is questions[0])),
+            )
             for q in questions
         ]
         path = answers_path(run, benchmark, "none")
@@ -260,22 +303,33 @@ def test_the_command_beside_the_paper(runs: dict[str, str], tmp_path: Path) -> N
 def test_the_command_raises_the_alarm(runs: dict[str, str]) -> None:
     result = run(runs["bad"], "--paper", "--json")
     found = json.loads(result.stdout)
-    assert found[0]["alarm"].startswith(f"localization collapse of bad: boxes 0.0 where {ROW.name} has 47.4")
+    assert found[0]["alarm"].startswith(f"localization collapse of bad: boxes 13.6 where {ROW.name} has 47.4")
     assert "warning: localization collapse of bad" in run(runs["good"], runs["bad"]).stderr
 
 
 def test_the_command_beside_another_run(runs: dict[str, str], tmp_path: Path) -> None:
     result = run(runs["good"], runs["bad"], "--csv", str(tmp_path / "lines.csv"))
-    line = next(line for line in result.stdout.splitlines() if line.startswith("ocid_ref"))
-    assert line.split()[:4] == ["ocid_ref", "100.00", "0.00", "+100.00"]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("refcocog"))
+    assert line.split()[:4] == ["refcocog", "100.00", "0.00", "+100.00"]
     rows = list(csv.DictReader((tmp_path / "lines.csv").read_text().splitlines()))
-    assert (rows[0]["first_run"], rows[0]["second_run"], rows[0]["separable"]) == ("good", "bad", "False")
+    assert (rows[0]["first_run"], rows[0]["second_run"], rows[0]["separable"]) == ("good", "bad", "")
     found = json.loads(run(runs["good"], runs["bad"], runs["strange"], "--json").stdout)
     assert [(one["first"], one["second"]) for one in found] == [
         ("good", "bad"),
         ("good", "strange"),
         ("bad", "strange"),
     ]
+
+
+def test_the_command_says_which_benchmark_has_nothing_in_common(runs: dict[str, str], tmp_path: Path) -> None:
+    for path in (make_data_root(tmp_path / "data", images=False) / "pope").iterdir():
+        path.write_text(path.read_text().replace('"text": "', '"text": "So, '))
+    result = run(runs["good"], str(make_run(tmp_path, "other")))
+    assert "warning: pope: left out, the runs have answered no question of it in common: 12 questions with the" in (
+        result.stderr
+    )
+    assert "tallyqa" in result.stdout
+    assert "pope " not in result.stdout
 
 
 def test_a_run_of_no_row_says_so_and_takes_the_one_that_is_named(runs: dict[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmx.evaluate.collapse import collapse
+from vlmx.evaluate.collapse import collapse, highest_of_equal
 from vlmx.evaluate.paper_rows import paper_row
 
 
@@ -65,6 +65,14 @@ def test_what_may_be_chance_is_no_collapse() -> None:
     found = collapse(text=60, box=15, text_reference=60, box_reference=40, box_highest=20, box_reference_lowest=30)
     assert found is not None
     assert found.level == "collapsed"
+
+
+def test_one_image_without_a_hit_says_nothing_and_a_hundred_say_much() -> None:
+    assert highest_of_equal(0, 1) == pytest.approx(97.5)
+    assert highest_of_equal(0, 100) == pytest.approx(3.6, abs=0.05)
+    assert highest_of_equal(100, 1) == 100
+    assert collapse(text=60, box=0, text_reference=60, box_reference=40, box_highest=highest_of_equal(0, 5)) is None
+    assert collapse(text=60, box=0, text_reference=60, box_reference=40, box_highest=highest_of_equal(0, 50))
 
 
 def test_nothing_can_fall_from_nothing() -> None:

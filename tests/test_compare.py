@@ -63,6 +63,14 @@ def test_two_benchmarks_may_use_the_same_ids() -> None:
     assert (found.n, found.points) == (4, 50)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.3])  # thirds of sums are not the same in every order
+def test_where_all_differences_are_alike_nothing_is_known_about_chance(value: float) -> None:
+    found = compare("a", graded("gqa", [1.0] * 30), "b", graded("gqa", [value] * 30))
+    assert found.points == pytest.approx(100 - 100 * value)
+    assert found.separable is None
+    assert found.sentence("VQA").startswith("a and b are not separable on VQA: +")
+
+
 def test_the_order_and_its_steps_are_over_the_same_questions() -> None:
     # by its own mean b (100 on two easy questions) would be first, but on what all three answered it is last
     a = graded("gqa", [1.0, 1.0, 0.0, 0.0])

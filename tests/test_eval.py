@@ -119,6 +119,8 @@ def test_the_papers_profile(world: Path, capsys: pytest.CaptureFixture[str]) -> 
     path = answers_path(RunFolder(world / "run"), "refcoco", "none")
     header, answers = read_answers(path)
     assert (header.wording, header.dtype) == ("paper", "bf16")
+    # whose questions are the same in both wordings
+    assert read_answers(answers_path(RunFolder(world / "run"), "pope", "none"))[0].wording == "default"
     worded = load_benchmark("refcoco", root=world / "data", wording="paper")
     assert [a.prompt for a in answers] == [q.prompt for q in worded]
     assert worded != load_benchmark("refcoco", root=world / "data")
@@ -131,10 +133,18 @@ def test_the_papers_profile(world: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert read_answers(path)[1] == answers
 
 
-def test_subsets_are_marked(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_subsets_are_marked(world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = answers_path(RunFolder(world / "run"), "gqa", "none")
+    for options in (["--slim"], ["--limit", "9999"]):  # which take all
+        ask(world, *options, bench="gqa")
+        assert " of 12,578 (partial)" in capsys.readouterr().out
+        header = read_answers(path)[0]
+        assert (header.slim, header.limit, header.asked) == (False, None, len(read_answers(path)[1]))
+        shutil.rmtree(world / "run" / "eval")
+    monkeypatch.setattr("vlmx.evaluate.groups.SLIM", 1)
     ask(world, "--slim", bench="gqa")
-    assert "(slim)" in capsys.readouterr().out
-    assert read_answers(answers_path(RunFolder(world / "run"), "gqa", "none"))[0].slim
+    assert "1 of 12,578 (slim)" in capsys.readouterr().out
+    assert read_answers(path)[0].slim
     ask(world, "--limit", "1", bench="pope")
     assert "1 of 8,910 (limit 1)" in capsys.readouterr().out
     with pytest.raises(UsageError, match="both choose a subset"):
@@ -154,6 +164,13 @@ def test_scores_follow_files_that_have_moved(world: Path, capsys: pytest.Capture
     assert "gqa" in capsys.readouterr().out
 
 
+def test_files_that_lack_are_named_for_all_benchmarks_at_once(world: Path) -> None:
+    with pytest.raises(DataError, match="files or folders of published data are missing below") as caught:
+        ask(world, "--data-root", world / "nope", bench="pope,refcoco")
+    assert "coco_pope_random.json" in caught.value.why
+    assert "refcoco/instances.json" in caught.value.why
+
+
 def test_scores_by_other_annotations_are_refused(world: Path) -> None:
     ask(world, bench="gqa")
     other = make_data_root(world / "other", images=False)
@@ -163,6 +180,12 @@ def test_scores_by_other_annotations_are_refused(world: Path) -> None:
     path.write_text(json.dumps(rows))
     with pytest.raises(RunError, match="annotations of 'gqa' are not the ones"):
         call(score, world / "run", "--data-root", other)
+    path.write_text(json.dumps({f"0{number}": row for number, row in rows.items()}))  # none has an id of the old ones
+    questions_of.cache_clear()
+    with pytest.raises(RunError, match="annotations of 'gqa' are not the ones") as caught:
+        call(score, world / "run", "--data-root", other)
+    assert f"--data-root the folder of the files that were asked (they were in {world / 'data'})" in caught.value.fix
+    assert "delete" not in caught.value.fix
 
 
 def edit(world: Path, change: object) -> None:
@@ -179,10 +202,12 @@ def test_bad_answers(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     count = len(whole.splitlines()) - 1
 
     edit(world, lambda lines: [*lines, lines[1]])
-    with pytest.raises(RunError, match="1 questions of 'gqa' are answered more than once"):
+    with pytest.raises(
+        RunError, match=rf"1 questions of 'gqa' are answered more than once.*line 2: .*line {count + 2}:"
+    ):
         call(score, world / "run")
     edit(world, lambda lines: [*lines[:-1], lines[1].replace('"id": "', '"id": "x')])
-    with pytest.raises(RunError, match="belong to no question of 'gqa'"):
+    with pytest.raises(RunError, match=rf"belong to no question of 'gqa'.*gqa/answers.jsonl, line {count + 2}: x"):
         call(score, world / "run")
     shutil.copy(run / "vqav2/answers.jsonl", run / "gqa/answers.jsonl")
     with pytest.raises(RunError, match=r"holds answers to another benchmark.*made for 'vqav2'"):

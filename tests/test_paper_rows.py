@@ -121,7 +121,7 @@ def test_another_recipe_is_remarked(tmp_path: Path) -> None:
     config |= {"freeze_llm": True, "lora": {"r": 8}, "global_batch": 128, "optim": {"lr": 1e-5, "weight_decay": 0.1}}
     run = RunFolder.create(tmp_path / "run", kind="train", config={**config, "order": "paper"})
     spec = {"geometry": {"mode": "stretch"}, "dtype": "int8"}
-    write_json(run.path / "model/model.json", {"connector": "mlp3", "spec": spec})
+    write_json(run.path / "model/model.json", {"connector": "mlp3", "spec": spec, "prompt": "chat"})
     assert row_of_run(run, cache="vmamba-s-coco@512x512-0123456789ab").remarks == (
         "its photos are brought to size by stretch, the paper's by letterbox",
         "its tokens are stored in 8 bits, the paper's were never stored",
@@ -129,7 +129,7 @@ def test_another_recipe_is_remarked(tmp_path: Path) -> None:
         "it was trained for 3 epochs, the paper's for one",
         "its LLM was frozen, the paper's was trained",
         "its LLM was trained through adapters of rank 8, the paper's as a whole",
-        "its training is set otherwise than the paper's: optim.lr=1e-05 (2e-05)",
+        "its training is set otherwise than the paper's: prompt=chat (vicuna-v1.5), optim.lr=1e-05 (2e-05)",
         "it was trained without --profile paper: optim.weight_decay=0.1 (0)",
     )
 
@@ -137,5 +137,6 @@ def test_another_recipe_is_remarked(tmp_path: Path) -> None:
 def test_the_papers_preset_and_profile_go_without_a_remark() -> None:
     config = load_config(TrainConfig, preset_path("paper"), ["cache=x", *profile_overrides("paper")]).model_dump()
     assert recipe_remarks(config, {"parts": [{"geometry": {"mode": "letterbox"}, "dtype": "float16"}]}) == []
-    (alone,) = recipe_remarks(load_config(TrainConfig, preset_path("paper"), ["cache=x"]).model_dump(), {})
+    preset = load_config(TrainConfig, preset_path("paper"), ["cache=x"]).model_dump()
+    (alone,) = recipe_remarks({**preset, "prompt": "vicuna-v1.5"}, {})
     assert alone.startswith("it was trained without --profile paper: optim.weight_decay=0.1 (0), loss_mean=tokens")

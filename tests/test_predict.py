@@ -265,8 +265,13 @@ def test_damage_elsewhere_is_an_error(tmp_path: Path) -> None:
     whole = path.read_bytes()
     lines = whole.decode().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
-    with pytest.raises(RunError, match=r"damaged.*line 2 is not JSON"):
+    with pytest.raises(RunError, match=r"damaged.*line 2 is not JSON.*delete this line, and give `vlmx eval` again"):
         ask(path, header(), Echo())
+    path.write_text("\n".join([lines[0], *lines[2:]]) + "\n")  # as it says
+    again = Echo()
+    ask(path, header(), again)
+    assert path.read_bytes() == whole
+    assert 0 < len(again.asked) <= 4
     path.write_bytes(whole[:20])  # torn within the header, by another version
     ask(path, header(), Echo())
     assert path.read_bytes() == whole
@@ -381,8 +386,9 @@ def test_lines_that_are_lost_are_asked_again_with_their_groups(tmp_path: Path, l
 def test_odd_lines_are_named(tmp_path: Path, line: str, why: str) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text(header().line() + line + "\n")
-    with pytest.raises(RunError, match=re.escape(why)):
+    with pytest.raises(RunError, match=re.escape(why)) as caught:
         read_answers(path)
+    assert caught.value.fix.startswith("delete this line")
 
 
 def test_odd_files(tmp_path: Path) -> None:
@@ -398,7 +404,10 @@ def test_odd_files(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="line 1 is no header"):
         read_answers(path)
     path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(RunError, match="it is not text"):
+    with pytest.raises(RunError, match=r"line 1 is not text.*move the file away"):
+        read_answers(path)
+    path.write_bytes(header().line().encode() + answer.line().encode() + b"\xff\xfe\n")
+    with pytest.raises(RunError, match=r"line 3 is not text.*delete this line, and give `vlmx eval` again"):
         read_answers(path)
 
 

@@ -224,7 +224,9 @@ def test_published_rows_alone_make_a_page(tmp_path: Path) -> None:
         call("-o", tmp_path / "none.html")
 
 
-def test_collapsed_boxes_raise_the_alarm(tmp_path: Path, data: Path) -> None:
+def test_collapsed_boxes_raise_the_alarm(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One image proves no collapse; these boxes shall stand for those of many images.
+    monkeypatch.setattr("vlmx.evaluate.beside.highest_of_equal", lambda box, images: box)
     run = make_run(tmp_path / "bad", data, ("vqav2", "gqa", "refcoco", "refcoco+"), wrong_boxes)
     result = call(run.path, "-o", tmp_path / "r.html", "--caches", tmp_path)
     assert "localization collapse of bad" in result.output
@@ -305,8 +307,12 @@ def test_a_long_answer_is_cut_and_right_to_left_text_stays_in_its_place(tmp_path
     assert f"<bdi>\N{RIGHT-TO-LEFT OVERRIDE}{'x' * 599}… (1,401 more characters)</bdi>" in page
 
 
-def test_the_alarm_tells_what_the_run_itself_has_not(tmp_path: Path, data: Path) -> None:
+def test_the_alarm_tells_what_the_run_itself_has_not(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The row has 512 x 512, the run 224 x 224."""
+    # One image proves no collapse; these boxes shall stand for those of many images.
+    monkeypatch.setattr("vlmx.evaluate.beside.highest_of_equal", lambda box, images: box)
     run = make_run(tmp_path / "bad", data, ("vqav2", "gqa", "refcoco", "refcoco+"), wrong_boxes)
     arguments = (run.path, "-o", tmp_path / "r.html", "--caches", tmp_path, "--row", "vmamba-s-coco@512/mlp3")
     assert "square input, a cache at --res 512" in call(*arguments).output

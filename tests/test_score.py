@@ -10,8 +10,8 @@ import pytest
 from vlmx.cache_specs.geometry import Geometry
 from vlmx.data.mini import study
 from vlmx.data.records import Question
-from vlmx.errors import DataError, RunError, UsageError
-from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_path
+from vlmx.errors import DataError, RunError, UsageError, VlmxError
+from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_path, write_answers
 from vlmx.evaluate.baselines import baselines_of
 from vlmx.evaluate.compare import compare, order
 from vlmx.evaluate.groups import questions_sha256
@@ -161,10 +161,76 @@ def test_vizwiz_with_its_unanswerable_scores_and_a_blind_prior() -> None:
     assert baselines_of(questions) == {"prior": pytest.approx(100 * 2 / 3)}
 
 
-def test_a_question_answered_twice_is_refused() -> None:
-    questions = [asked("gqa", 0, "t", "yes")]
-    with pytest.raises(RunError, match="answered more than once"):
-        grade_answers(header("gqa", 1), answered(questions, "yes") * 2, questions)
+def test_what_is_wrong_with_answers_is_told_by_file_and_line(tmp_path: Path) -> None:
+    questions = study.questions("mini-read")
+    run = RunFolder.create(tmp_path / "run", kind="train", config={})
+    path = answers_path(run, "mini-read", "none")
+    known = replace(header("mini-read", len(questions)), questions_sha256=questions_sha256(questions))
+    AnswerFile(path, known)
+    with pytest.raises(RunError, match=rf"{path} has no answers yet.*vlmx eval --run {run.path}"):
+        grades_of_run(run, "mini-read", "none")
+    good = answered(questions[:3], "A", "B", "C")
+
+    def refused(*odd: Answer, as_header: Header = known) -> str:
+        write_answers(path, as_header, [*good, *odd])
+        with pytest.raises(VlmxError) as caught:
+            grades_of_run(run, "mini-read", "none")
+        return f"{caught.value.what} / {caught.value.why} / {caught.value.fix}"
+
+    fix = " / delete these lines, and give `vlmx eval` again: it asks what is missing"
+    twice = refused(good[1])
+    assert twice.startswith("1 questions of 'mini-read' are answered more than once / ")
+    assert f"{path}, line 3: {good[1].id}; {path}, line 5: {good[1].id};" in twice
+    assert twice.endswith(fix)
+    strangers = refused(*(replace(good[0], id=f"x{number}") for number in range(5)))
+    assert f" / {path}, line 5: x0; {path}, line 6: x1; {path}, line 7: x2 and 2 more; they" in strangers
+    assert strangers.endswith(fix)
+    (odd,) = answered(questions[3:4], "A")
+    assert f" / {path}, line 5: {odd.id}; prompt or image is another" in refused(replace(odd, prompt="What else?"))
+    of_options = refused(replace(odd, probabilities=(0.5, 0.5)))
+    assert of_options.startswith(f"1 answers to 'mini-read' cannot be scored / {path}, line 5: {odd.id}; the first: ")
+    assert of_options.endswith(fix)
+    # made for other files, which the header tells: whatever else is wrong, no answer is to blame
+    elsewhere = refused(replace(odd, id="x"), as_header=replace(known, questions_sha256="cd", data_root="/old"))
+    assert elsewhere.startswith("the annotations of 'mini-read' are not the ones that its answers were made for")
+    assert "give --data-root the folder of the files that were asked (they were in /old)" in elsewhere
+    assert "delete" not in elsewhere
+    unknown = refused(replace(odd, id="x"), as_header=replace(known, questions_sha256="", data_root="/old"))
+    assert (
+        "if they were made for other files, give --data-root their folder (they were in /old); else delete" in unknown
+    )
+
+
+def test_probabilities_that_do_not_fit_are_told_by_id() -> None:
+    questions = [asked("pope", number, "random", "yes") for number in range(3)]
+    answers = with_probabilities(
+        answered(questions, *["Yes"] * 3),
+        {"pope/0": (float("nan"), 0.5), "pope/1": (0.6, 0.4), "pope/2": (0.1,) * 15},
+    )
+    with pytest.raises(DataError, match=r"2 answers to 'pope' cannot be scored.*pope/0; pope/2; the first: these are"):
+        grade_answers(header("pope", 3), answers, questions)
+
+
+def test_a_limit_that_took_all_is_no_part(tmp_path: Path) -> None:
+    """As older versions recorded it."""
+    questions = study.questions("mini-read")
+    run = RunFolder.create(tmp_path / "run", kind="train", config={})
+    path, count = answers_path(run, "mini-read", "none"), len(questions)
+    AnswerFile(path, header("mini-read", count))
+    answers = answered(questions, *["A"] * count)
+
+    def size(old: Header, asked: int) -> str:
+        write_answers(path, old, answers[:asked])
+        (score,) = score_run(run)
+        return score.size
+
+    assert size(replace(header("mini-read", count, 9999), asked=count), count) == f"{count}"
+    assert size(replace(header("mini-read", count), slim=True, asked=count), count - 1) == (
+        f"{count - 1} of {count} (1 not answered yet)"
+    )
+    assert size(replace(header("mini-read", count, 5), asked=5), 5) == f"5 of {count} (limit 5)"
+    # a subset of a file with more questions than were published, as many as these
+    assert size(replace(header("mini-read", 5, 5), asked=5), 5) == "5 (limit 5)"
 
 
 def test_answers_of_another_benchmark_are_refused(tmp_path: Path) -> None:
@@ -202,8 +268,6 @@ def test_partial_scores_are_marked_and_unknown_questions_refused() -> None:
     stranger = Answer(id="mini-count/elsewhere", image="x", prompt="?", text="2")
     with pytest.raises(RunError, match="belong to no question"):
         grade_answers(header("mini-count", 9), [*answers, stranger], questions)
-    with pytest.raises(RunError, match="no answers"):
-        grade_answers(header("mini-count", 9), [], questions)
 
 
 def test_a_score_says_how_it_came_about() -> None:

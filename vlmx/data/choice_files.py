@@ -12,6 +12,7 @@ counts 0 to 15, for TallyQA.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from vlmx.data.annotation_files import (
 from vlmx.data.downloads import POPE_SPLITS
 from vlmx.data.records import Question
 from vlmx.data.wording import COUNTS, LETTERS, Wording, count_as_option, short_answer
+from vlmx.errors import DataError
 
 YES_OR_NO = ("Yes", "No")
 _TALLYQA_WANTED = "TallyQA test, test.json"
 _POPE_WANTED = "POPE on COCO val2014"
+_BY_CHANCE = 20  # the first lines of two splits may be the same: popular and adversarial share half of their objects
 
 
 def pope_images(paths: Sequence[Path]) -> list[str]:
@@ -47,8 +50,12 @@ def _pope_key(row: Any) -> str:
 
 
 def pope_questions(name: str, paths: Sequence[Path], wording: Wording) -> list[Question]:
-    """The random, the popular and the adversarial split, each in its file's order; ids are "SPLIT/question_id"."""
-    questions: list[Question] = []
+    """The random, the popular and the adversarial split, each in its file's order; ids are "SPLIT/question_id".
+
+    Raises:
+        DataError: a file is damaged or of another split, or two of 20 questions or more are the same split.
+    """
+    splits: list[list[Question]] = []
     for split, path in zip(POPE_SPLITS, paths, strict=True):
         rows = read_json_lines(path)
         refuse_unanswered(path, rows, "label", _POPE_WANTED)
@@ -68,8 +75,21 @@ def pope_questions(name: str, paths: Sequence[Path], wording: Wording) -> list[Q
                 options=YES_OR_NO,
             )
 
-        questions += parse_rows(path, rows, question_of)
-    return questions
+        splits.append(parse_rows(path, rows, question_of))
+    _refuse_copied(paths, splits)
+    return [question for questions in splits for question in questions]
+
+
+def _refuse_copied(paths: Sequence[Path], splits: Sequence[Sequence[Question]]) -> None:
+    """Make sure that no split is there under the names of two."""
+    asked = [{(question.image, question.prompt, question.answers) for question in split} for split in splits]
+    for (path, some), (other, others) in combinations(zip(paths, asked, strict=True), 2):
+        if some == others and len(some) >= _BY_CHANCE:
+            raise DataError(
+                f"{path} and {other} are the same split",
+                why=f"they ask the same {len(some):,} questions; the published ones name other absent objects",
+                fix="fetch both again; `vlmx data check pope` says where they come from",
+            )
 
 
 def tallyqa_images(paths: Sequence[Path]) -> list[str]:

@@ -70,7 +70,8 @@ def refcoco_questions(name: str, paths: Sequence[Path], wording: Wording) -> lis
         if ref["split"] != "val":
             return []
         image, annotation = id_of(ref, "image_id"), id_of(ref, "ann_id")
-        if annotation not in boxes or image not in sizes:
+        of, box = boxes.get(annotation, ("", None))
+        if of != image or image not in sizes:
             raise ValueError(f"{instances.name} has no box {annotation} in image {image}")
         return [
             Question(
@@ -80,7 +81,7 @@ def refcoco_questions(name: str, paths: Sequence[Path], wording: Wording) -> lis
                 prompt=region(text_of(expression, "sent"), wording),
                 kind="box",
                 question_type=ONE_TYPE,
-                box=boxes[annotation],
+                box=box,
                 image_wh=sizes[image],
                 object_boxes=of_image[image],
             )
@@ -90,15 +91,17 @@ def refcoco_questions(name: str, paths: Sequence[Path], wording: Wording) -> lis
     return [question for some in parse_rows(path, refs, questions_of) for question in some]
 
 
-def _instances(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, Box], dict[str, tuple[Box, ...]]]:
-    """Sizes of images, boxes of annotations, and all boxes of each image, each by its id."""
+def _instances(
+    path: Path,
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, Box]], dict[str, tuple[Box, ...]]]:
+    """Sizes of images, images and boxes of annotations, and all boxes of each image, each by its id."""
     content = read_json(path, object_hook=_without_outline)
     sizes = dict(parse_rows(path, rows_of(content, "images"), _size))
     found = parse_rows(path, rows_of(content, "annotations"), _annotation)
     of_image: defaultdict[str, list[Box]] = defaultdict(list)
     for _, image, box in found:
         of_image[image].append(box)
-    boxes = {annotation: box for annotation, _, box in found}
+    boxes = {annotation: (image, box) for annotation, image, box in found}
     return sizes, boxes, {image: tuple(members) for image, members in of_image.items()}
 
 

@@ -33,10 +33,12 @@ from vlmx.data.annotation_files import (
     wrong_split,
 )
 from vlmx.data.records import Question
-from vlmx.data.wording import Wording, short_answer, short_or_unanswerable, without_ocr
+from vlmx.data.wording import SHORT_ANSWER, Wording, short_answer, short_or_unanswerable, without_ocr
 from vlmx.errors import DataError
 
 ONE_TYPE = "all"  # of benchmarks whose questions are of one kind
+_ANNOTATORS = 10  # who answered each question of VQA-v2, VizWiz and TextVQA
+_REWORDED = 0.01  # the share of LLaVA's TextVQA questions that may be worded in another way than TextVQA's own
 _VQAV2_WANTED = "VQA-v2 val2014"
 _GQA_WANTED = "GQA testdev balanced, testdev_balanced_questions.json"
 _VIZWIZ_WANTED = "VizWiz val, val.json"
@@ -44,8 +46,15 @@ _TEXTVQA_WANTED = "TextVQA val, TextVQA_0.5.1_val.json"
 
 
 def coco_key(split: str, image_id: Any) -> str:
-    """Key of a COCO photo of 2014, e.g. "coco/val2014/COCO_val2014_000000262148.jpg"."""
-    return f"coco/{split}/COCO_{split}_{int(image_id):012d}.jpg"
+    """Key of a COCO photo of 2014, e.g. "coco/val2014/COCO_val2014_000000262148.jpg".
+
+    Raises:
+        ValueError: the id is no whole number, or a negative one.
+    """
+    digits = "" if isinstance(image_id, bool) or not isinstance(image_id, int | str) else str(image_id)
+    if not (digits.isascii() and digits.isdecimal()):
+        raise ValueError(f"'image_id' is {image_id!r}, not the number of a COCO photo")
+    return f"coco/{split}/COCO_{split}_{int(digits):012d}.jpg"
 
 
 def vqav2_images(paths: Sequence[Path]) -> list[str]:
@@ -71,12 +80,14 @@ def vqav2_questions(name: str, paths: Sequence[Path], wording: Wording) -> list[
         )
 
     def question_of(row: Any) -> Question:
-        question_id = id_of(row, "question_id")
-        kind, answers = by_id[question_id]
+        question_id, key = id_of(row, "question_id"), coco_key("val2014", row["image_id"])
+        image, kind, answers = by_id[question_id]
+        if image is not None and str(image) != str(row["image_id"]):
+            raise ValueError(f"{question_id} is about image {row['image_id']}; {annotated.name} has it about {image}")
         return Question(
             id=question_id,
             benchmark=name,
-            image=coco_key("val2014", row["image_id"]),
+            image=key,
             prompt=short_answer(text_of(row, "question")),
             kind="text",
             question_type=kind,
@@ -91,6 +102,12 @@ def _vqav2_content(path: Path) -> Any:
     split = content.get("data_subtype", "val2014") if isinstance(content, dict) else "val2014"
     if split != "val2014":
         raise wrong_split(path, f"it says that it is '{split}'", _VQAV2_WANTED)
+    info = content.get("info") if isinstance(content, dict) else None
+    version = str(info.get("version", "")) if isinstance(info, dict) else ""
+    if version == "1" or version.startswith("1."):
+        raise wrong_split(path, f"it says that it is version {version} of VQA", _VQAV2_WANTED)
+    if isinstance(content, dict) and str(content.get("data_type", "")).startswith("abstract"):
+        raise wrong_split(path, f"it says that it is about '{content['data_type']}', not photos", _VQAV2_WANTED)
     return content
 
 
@@ -102,13 +119,14 @@ def _only_answer(item: dict[str, Any]) -> Any:
     return sys.intern(answer) if isinstance(answer, str) else item
 
 
-def _vqav2_annotations(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Question id -> its type and its answers; equal answers share memory."""
+def _vqav2_annotations(path: Path) -> dict[str, tuple[Any, str, tuple[str, ...]]]:
+    """Question id -> its image's id (None if not said), its type and its answers; equal answers share memory."""
     same: dict[tuple[str, ...], tuple[str, ...]] = {}
 
-    def entry(row: Any) -> tuple[str, tuple[str, tuple[str, ...]]]:
+    def entry(row: Any) -> tuple[str, tuple[Any, str, tuple[str, ...]]]:
         answers = _answers(row["answers"])  # texts only: see _only_answer
-        return id_of(row, "question_id"), (text_of(row, "question_type"), same.setdefault(answers, answers))
+        kind = text_of(row, "question_type")
+        return id_of(row, "question_id"), (row.get("image_id"), kind, same.setdefault(answers, answers))
 
     rows = rows_of(_vqav2_content(path), "annotations")
     refuse_unanswered(path, rows, "answers", _VQAV2_WANTED)
@@ -124,13 +142,15 @@ def _vqav2_annotations(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def _answers(said: Any) -> tuple[str, ...]:
-    """Answers of annotators, from a list of texts.
+    """Answers of the ten annotators, from a list of texts.
 
     Raises:
-        ValueError: there are none, or it is something else.
+        ValueError: there are more or fewer, or it is something else.
     """
     if not isinstance(said, list) or not said or not all(isinstance(answer, str) for answer in said):
         raise ValueError("'answers' are not those of annotators")
+    if len(said) != _ANNOTATORS:
+        raise ValueError(f"'answers' are those of {len(said)} annotators, not {_ANNOTATORS}")
     return tuple(said)
 
 
@@ -162,7 +182,11 @@ def gqa_questions(name: str, paths: Sequence[Path], wording: Wording) -> list[Qu
             answers=(text_of(row, "answer"),),
         )
 
-    return parse_rows(path, items, question_of)
+    questions = parse_rows(path, items, question_of)
+    if not any(question.image.startswith("gqa/images/n") for question in questions):
+        why = f"the names of testdev's images begin with 'n'; none here does, e.g. {questions[0].image}"
+        raise wrong_split(path, why, _GQA_WANTED)
+    return questions
 
 
 def vizwiz_images(paths: Sequence[Path]) -> list[str]:
@@ -230,12 +254,10 @@ def textvqa_questions(name: str, paths: Sequence[Path], wording: Wording) -> lis
             why=f"it has {len(lines):,} lines for {len(rows):,} questions, and must have them in the same order",
             fix="fetch both again; `vlmx data check textvqa_ocr` says where they come from",
         )
+    texts = parse_rows(listed, lines, lambda line: text_of(line, "text")) if rows else []
 
-    def question_of(pair: tuple[Any, Any]) -> Question:
-        row, line = pair
-        if "image" in line and Path(text_of(line, "image")).stem != str(row["image_id"]):
-            raise ValueError(f"{listed.name} asks about {line['image']}, this file about {row['image_id']}")
-        text = text_of(line, "text")
+    def question_of(pair: tuple[Any, str]) -> Question:
+        row, text = pair
         return Question(
             id=id_of(row, "question_id"),
             benchmark=name,
@@ -246,4 +268,60 @@ def textvqa_questions(name: str, paths: Sequence[Path], wording: Wording) -> lis
             answers=_answers(row["answers"]),
         )
 
-    return parse_rows(path, list(zip(rows, lines, strict=True)) if rows else [], question_of)
+    questions = parse_rows(path, zip(rows, texts, strict=True), question_of)
+    _refuse_another_list(path, listed, rows, lines)
+    return questions
+
+
+def _refuse_another_list(path: Path, listed: Path, rows: Sequence[Any], lines: Sequence[Any]) -> None:
+    """Make sure that LLaVA's list asks in each line what TextVQA's file asks in its place.
+
+    Compared are the image (`image`, or where a line has none its `question_id`, which is the image's or the question's)
+    and the question, with which the line's text must begin: only its letters and digits, in whatever case. A question
+    that TextVQA's file has in another place is out of order. One that it has nowhere is worded in another way; one in a
+    hundred may be.
+
+    Raises:
+        DataError: an image or a question is out of order, too many are worded otherwise, or no line has OCR tokens.
+    """
+    asked = parse_rows(path, rows, lambda row: _letters(text_of(row, "question")))
+    known = set(asked)
+    if not any(without_ocr(line["text"]) != line["text"] for line in lines):
+        raise DataError(
+            f"{listed} is not LLaVA's list",
+            why=f"none of its {len(lines):,} lines has a 'Reference OCR token:', the text that was read in the image",
+            fix="fetch it again; `vlmx data check textvqa_ocr` says where it comes from",
+        )
+
+    def as_asked(of_line: tuple[str, Any, Any]) -> bool:
+        question, row, line = of_line
+        said = _letters(_question_of(line))
+        image = str(row["image_id"])
+        if "image" in line:
+            about, right = Path(text_of(line, "image")).stem, {image}
+        else:
+            about, right = str(line.get("question_id", image)), {image, str(row["question_id"])}
+        if about not in right:
+            raise ValueError(f"it is about {about}, and {path.name} there about {image}")
+        if not said.startswith(question) and said in known:
+            raise ValueError(f"it asks what {path.name} asks in another place: {_question_of(line)}")
+        return said.startswith(question)
+
+    same = parse_rows(listed, zip(asked, rows, lines, strict=True), as_asked)
+    if same.count(False) > _REWORDED * len(same):
+        first = same.index(False)
+        raise DataError(
+            f"{listed} does not belong to {path}",
+            why=f"{same.count(False):,} of its {len(same):,} questions are not in that file, the first in line"
+            f" {first + 1}: {_question_of(lines[first])}",
+            fix="fetch both again; `vlmx data check textvqa_ocr` says where they come from",
+        )
+
+
+def _question_of(line: Any) -> str:
+    return without_ocr(line["text"]).removesuffix(SHORT_ANSWER)
+
+
+def _letters(text: str) -> str:
+    """What of a question is compared: neither case, nor spaces, nor a question mark."""
+    return "".join(filter(str.isalnum, text.casefold()))

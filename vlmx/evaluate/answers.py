@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class Answer:
         prompt: the user's message.
         text: the generated text, outer spaces removed, nothing else changed; of a question with options the likeliest.
         probabilities: of the question's options in their order, where these were asked for instead of a text.
+        source: the file and the number of the line that it was read from; no part of what it is.
     """
 
     id: str
@@ -49,6 +50,12 @@ class Answer:
     prompt: str
     text: str
     probabilities: tuple[float, ...] | None = None
+    source: tuple[Path, int] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def named(self) -> str:
+        """Where to find it: "RUN/eval/gqa/answers.jsonl, line 7: 201307251"; the id alone if it is from no file."""
+        return self.id if self.source is None else f"{self.source[0]}, line {self.source[1]}: {self.id}"
 
     def line(self) -> str:
         """As it stands in the file."""
@@ -163,10 +170,12 @@ def read_answers(path: Path) -> tuple[Header, list[Answer]]:
 
 def read_file(path: Path) -> tuple[Header, list[Answer]]:
     """Header and answers of one file; see `read_answers`. Empty lines and fields of later versions are passed over."""
+    content = path.read_bytes()
     try:
-        *lines, torn = path.read_text().split("\n")
+        *lines, torn = content.decode().split("\n")
     except UnicodeDecodeError as error:
-        raise _damaged(path, f"it is not text: {error}") from error
+        before = content.count(b"\n", 0, error.start)
+        raise _damaged(path, f"line {before + 1} is not text: {error}", only_line=before > 0) from error
     records: list[tuple[int, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -174,7 +183,7 @@ def read_file(path: Path) -> tuple[Header, list[Answer]]:
         try:
             records.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
-            raise _damaged(path, f"line {number} is not JSON") from error
+            raise _damaged(path, f"line {number} is not JSON", only_line=bool(records)) from error
     if not records:
         raise _damaged(path, "it has no complete line" if torn else "it is empty")
     (number, first), *others = records
@@ -234,25 +243,28 @@ def _header(path: Path, number: int, record: Any) -> Header:
 
 def _answer(path: Path, number: int, record: Any) -> Answer:
     if not isinstance(record, dict):
-        raise _damaged(path, f"line {number} is no answer")
+        raise _damaged(path, f"line {number} is no answer", only_line=True)
     for name in ("id", "image", "prompt", "text"):
         if not isinstance(record.get(name), str):
             said = json.dumps(record[name]) if name in record else "missing"
-            raise _damaged(path, f"line {number}: '{name}' is {said}, where a text belongs")
+            raise _damaged(path, f"line {number}: '{name}' is {said}, where a text belongs", only_line=True)
     values = record.get("probabilities")
     if values is not None and not (isinstance(values, list) and all(isinstance(v, int | float) for v in values)):
-        raise _damaged(path, f"line {number}: 'probabilities' are no list of numbers")
+        raise _damaged(path, f"line {number}: 'probabilities' are no list of numbers", only_line=True)
     return Answer(
         id=record["id"],
         image=record["image"],
         prompt=record["prompt"],
         text=record["text"],
         probabilities=None if values is None else tuple(values),
+        source=(path, number),
     )
 
 
-def _damaged(path: Path, why: str) -> RunError:
-    return RunError(f"{path} is damaged", why=why, fix="delete it and give `vlmx eval` again")
+def _damaged(path: Path, why: str, *, only_line: bool = False) -> RunError:
+    """What to say of a damaged file; what it says of its other lines is as good as ever, unless that is its header."""
+    what = "delete this line" if only_line else "move the file away"
+    return RunError(f"{path} is damaged", why=why, fix=f"{what}, and give `vlmx eval` again: it asks what is missing")
 
 
 class AnswerFile:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmx.evaluate.aggregate import LOC_QUESTIONS, VQA_QUESTIONS, average
-from vlmx.evaluate.collapse import Collapse, collapse
-from vlmx.evaluate.compare import mean
+from vlmx.evaluate.collapse import Collapse, collapse, highest_of_equal
+from vlmx.evaluate.compare import has_width, mean
 from vlmx.evaluate.paper_rows import PaperRow
 from vlmx.evaluate.score import Grade, Score
 
@@ -77,7 +77,8 @@ class PaperLine:
         None if all answers are worth the same: resampling them then says nothing about chance.
         """
         low, high = self.interval95
-        return None if low == high else low - _LAST_DIGIT <= self.published <= high + _LAST_DIGIT
+        known = has_width(self.interval95)
+        return low - _LAST_DIGIT <= self.published <= high + _LAST_DIGIT if known else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,11 @@ def beside_paper(scores: Mapping[str, Score], grades: Mapping[str, Sequence[Grad
         averages=tuple(averages.values()),
         left_out=tuple(name for name in scores if name not in PAPER_QUESTIONS),
         remark=_remark([scores[name] for name in known]),
-        collapse=_beside_row(averages.get("weighted_vqa"), averages.get("weighted_loc")),
+        collapse=_beside_row(
+            averages.get("weighted_vqa"),
+            averages.get("weighted_loc"),
+            min((len({g.question.image for g in grades[name]}) for name in known if name in LOC_QUESTIONS), default=0),
+        ),
     )
 
 
@@ -182,15 +187,17 @@ def _remark(scores: Sequence[Score]) -> str:
     return "; ".join(problems)
 
 
-def _beside_row(text: PaperLine | None, box: PaperLine | None) -> Collapse | None:
+def _beside_row(text: PaperLine | None, box: PaperLine | None, images: int) -> Collapse | None:
+    """The alarm; `images` is how many the box benchmark with the fewest has."""
     if text is None or box is None:
         return None
+    known = has_width(box.interval95)
     return collapse(
         text=text.ours,
         box=box.ours,
         text_reference=text.published,
         box_reference=box.published,
-        box_highest=box.interval95[1],
+        box_highest=box.interval95[1] if known else highest_of_equal(box.ours, images),
     )
 
 
@@ -233,5 +240,9 @@ def marks_of_average(scores: Sequence[Score], of_all: int | None = None) -> tupl
 
 
 def _profile(score: Score) -> tuple[str, ...]:
-    """The names that the options of `vlmx eval` and `vlmx score` have for it."""
-    return (f"prompts {score.wording}", *([f"boxes {score.boxes}"] if score.boxes else []))
+    """The names that the options of `vlmx eval` and `vlmx score` have for it, where they make a difference."""
+    worded = score.kind == "box" or score.wording != "default"
+    return (
+        *([f"prompts {score.wording}"] if worded else []),
+        *([f"boxes {score.boxes}"] if score.boxes else []),
+    )

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from vlmx.errors import RunError
+from vlmx.errors import RunError, UsageError
 from vlmx.evaluate.answers import answered_benchmarks
 from vlmx.evaluate.beside import PAPER_QUESTIONS, Average, marks_of, marks_of_average, weights_of
 from vlmx.evaluate.collapse import Collapse, collapse
-from vlmx.evaluate.compare import Difference, compare
+from vlmx.evaluate.compare import SAME_FILES, Difference, common, compare, unlike_text
 from vlmx.evaluate.paper_rows import facts_of_run
 from vlmx.evaluate.score import BoxRule, Grade, Score, grades_of_run, score_grades
 from vlmx.runs import RunFolder
@@ -59,6 +59,8 @@ class BesideRun:
         lines: benchmarks that both answered; the paper's in its order, others before them.
         averages: over those; weighted by number of questions, and macro.
         left_out: benchmarks that only one of them answered.
+        nothing_common: benchmarks that both answered, without a question in common: for each, how many questions have
+            the same id and are not the same.
         collapse: the alarm, for the one whose boxes are worse.
         alarm: it in words; "" without an alarm.
     """
@@ -68,6 +70,7 @@ class BesideRun:
     lines: tuple[PairLine, ...]
     averages: tuple[PairLine, ...]
     left_out: tuple[str, ...]
+    nothing_common: Mapping[str, int]
     collapse: Collapse | None
     alarm: str
 
@@ -104,10 +107,23 @@ def beside_run(first: Graded, second: Graded) -> BesideRun:
     """Paired differences between two runs; without a benchmark that both answered there are none.
 
     Raises:
-        UsageError: they answered a benchmark both, but no question of it in common.
+        UsageError: they answered benchmarks both, but no question of any in common.
     """
     places = {name: place for place, name in enumerate(PAPER_QUESTIONS)}
-    shared = sorted((name for name in first.scores if name in second.scores), key=lambda name: places.get(name, -1))
+    both = sorted((name for name in first.scores if name in second.scores), key=lambda name: places.get(name, -1))
+    nothing_common: dict[str, int] = {}
+    for name in both:
+        (found_first, _), unlike = common([first.grades[name], second.grades[name]])
+        if not found_first:
+            nothing_common[name] = unlike
+    shared = [name for name in both if name not in nothing_common]
+    if both and not shared:
+        unlike = sum(nothing_common.values())
+        raise UsageError(
+            f"'{first.name}' and '{second.name}' have answered no question in common",
+            why=unlike_text(unlike),
+            fix=SAME_FILES if unlike else "",
+        )
     counts = weights_of(first.scores[name] for name in shared)
     same = dict.fromkeys(shared, 1)
     members: Mapping[Average, tuple[list[str], Mapping[str, float]]] = {
@@ -127,7 +143,8 @@ def beside_run(first: Graded, second: Graded) -> BesideRun:
         second=second.name,
         lines=tuple(_line(name, [name], same, first, second) for name in shared),
         averages=tuple(averages.values()),
-        left_out=tuple(name for name in {**first.scores, **second.scores} if name not in shared),
+        left_out=tuple(name for name in {**first.scores, **second.scores} if name not in both),
+        nothing_common=nothing_common,
         collapse=found,
         alarm=alarm,
     )

@@ -18,6 +18,7 @@ limits lie in the wide gap between the first four and the others.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +77,8 @@ def collapse(
     Args:
         text, box: averages of the run over text and box benchmarks, percent.
         text_reference, box_reference: of the reference, over the same benchmarks.
-        box_highest: upper end of the interval of the run's box average; None where it is exact.
+        box_highest: upper end of the interval of the run's box average; None where it is exact. An interval without
+            width is not exact (`highest_of_equal`).
         box_reference_lowest: lower end of the reference's; None where it is exact. As long as the two intervals meet,
             nothing is said.
 
@@ -95,6 +97,18 @@ def collapse(
     else:
         return None
     return Collapse(level=level, text=text, box=box, text_reference=text_reference, box_reference=box_reference)
+
+
+def highest_of_equal(box: float, images: int) -> float:
+    """Upper end of the interval of a box average where all boxes are worth the same, so that a bootstrap has no width.
+
+    It is the bound of Clopper and Pearson when none of so many images is a hit: 97.5 percent for one, 3.6 for 100.
+
+    Args:
+        box: the average, percent.
+        images: how many images it is over; where it is over several benchmarks, the fewest of any.
+    """
+    return box + (100 - box) * (1 - math.pow(0.025, 1 / images))
 
 
 def _what_helped(connector: str, resolution: str) -> str:

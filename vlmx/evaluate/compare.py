@@ -20,6 +20,7 @@ from vlmx.evaluate.metrics import MEAN_OF_TYPES
 from vlmx.evaluate.score import Grade
 
 SAME_FILES = "answer both with the same annotation files (vlmx eval --data-root)"
+_ROUNDING = 1e-9  # percentage points that sums in another order may differ by
 Key = tuple[str, str]  # benchmark and id: two benchmarks may ask the same questions, as TextVQA with and without OCR
 
 
@@ -48,10 +49,10 @@ class Difference:
     second_percent: float
 
     @property
-    def separable(self) -> bool:
-        """Whether the interval leaves out zero."""
+    def separable(self) -> bool | None:
+        """Whether the interval leaves out zero; None if it says nothing about chance (`has_width`)."""
         low, high = self.interval95
-        return low > 0 or high < 0
+        return (low > 0 or high < 0) if has_width(self.interval95) else None
 
     @property
     def basis(self) -> str:
@@ -66,6 +67,15 @@ class Difference:
         if not self.separable:
             return f"{self.first} and {self.second} are not separable on {subject}: {numbers}"
         return f"{self.first} {'>' if self.points > 0 else '<'} {self.second} on {subject}: {numbers}"
+
+
+def has_width(interval95: tuple[float, float]) -> bool:
+    """Whether an interval says anything about chance.
+
+    It does not where all answers are worth the same, as those of one image are: resampling then always gives the same.
+    """
+    low, high = interval95
+    return high - low > _ROUNDING
 
 
 def mean(grades: Sequence[Grade], *, counts: Mapping[str, float] | None = None) -> Estimate:

@@ -37,6 +37,9 @@ Intervals are 95 %, by bootstrap over images; those of two runs are paired. A pu
 """
 
 
+_YES_NO = {True: "yes", False: "no", None: "-"}
+
+
 def _complete_row(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
@@ -186,6 +189,7 @@ def _beside_runs(graded: Sequence[Graded]) -> list[dict[str, Any]]:
                 "second": second.name,
                 "lines": [_pair_line(line) for line in (*beside.lines, *beside.averages)],
                 "left_out": list(beside.left_out),
+                "nothing_common": dict(beside.nothing_common),
                 "alarm": beside.alarm,
             }
         )
@@ -228,7 +232,7 @@ def _show_paper(one: Mapping[str, Any]) -> None:
             f"{line['published']:.2f}",
             f"{line['difference']:+.2f}",
             _interval(line["difference95"]),
-            {True: "yes", False: "no", None: "-"}[line["within"]],
+            _YES_NO[line["within"]],
             f"{line['ours_exact']:.4f}",
             f"{line['n']:,}",
             ", ".join(line["marks"]),
@@ -255,7 +259,7 @@ def _show_pair(one: Mapping[str, Any]) -> None:
             f"{line['second']:.2f}",
             f"{line['difference']:+.2f}",
             _interval(line["difference95"]),
-            "yes" if line["separable"] else "no",
+            _YES_NO[line["separable"]],
             f"{line['n']:,}",
             ", ".join(line["marks"]),
         )
@@ -266,6 +270,9 @@ def _show_pair(one: Mapping[str, Any]) -> None:
     for line in one["lines"]:
         if line["not_the_same"] and line["name"] not in AVERAGE_TEXT:
             warn(f"{line['name']}: left out are {unlike_text(line['not_the_same'])}; {SAME_FILES}")
+    for name, unlike in one["nothing_common"].items():
+        why = f": {unlike_text(unlike)}; {SAME_FILES}" if unlike else ""
+        warn(f"{name}: left out, the runs have answered no question of it in common{why}")
     _show_rest(one)
 
 

@@ -161,8 +161,10 @@ def row_of_run(run: RunFolder, *, cache: str, encoder_weights: str = "", row: st
     match = match_row(cache=cache, encoder_weights=encoder_weights, row=row, **facts_of_run(run))
     if match.row is None:
         return match
-    spec = _json(run.path / "model" / "model.json").get("spec") or {}
-    return RowMatch(row=match.row, remarks=(*match.remarks, *recipe_remarks(run.config, spec)))
+    card = _json(run.path / "model" / "model.json")
+    # the card names the prompt that "auto" has chosen
+    config = {**run.config, **({"prompt": card["prompt"]} if "prompt" in card else {})}
+    return RowMatch(row=match.row, remarks=(*match.remarks, *recipe_remarks(config, card.get("spec") or {})))
 
 
 def facts_of_run(run: RunFolder) -> dict[str, str]:

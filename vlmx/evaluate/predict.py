@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from vlmx.cache_specs.places import Place, place_of
 from vlmx.console import note, progress
-from vlmx.data.benchmarks import BENCHMARKS, MINI
-from vlmx.data.published import DATA_ROOT
+from vlmx.data.benchmarks import BENCHMARKS, MINI, load_benchmark
+from vlmx.data.published import DATA_ROOT, refuse_missing
+from vlmx.data.published_benchmarks import PUBLISHED_BENCHMARKS
 from vlmx.data.records import Question
 from vlmx.data.wording import Wording
 from vlmx.evaluate.answers import Answer, Control, Dtype, Header, answers_path
@@ -160,26 +161,29 @@ def predict_run(
     batch_size = 1 if asking.exact else asking.batch_size or default_batch_size(visual_tokens)
     model = hashlib.sha256((folder / "connector.safetensors").read_bytes()).hexdigest()
     parts: list[Part] = []
+    _require_files(benchmarks, Path(asking.data_root))
     with ExitStack() as stack:
         for name in benchmarks:
             files = None if table_name(name) == MINI else str(Path(asking.data_root).absolute())
-            questions = questions_of(name, files, asking.wording)
+            wording, questions = _worded(name, files, asking.wording)
+            asked = subset(questions, asking.limit, slim=asking.slim)
+            is_part = len(asked) < len(questions)
             header = Header(
                 benchmark=name,
                 control=asking.control,
                 questions=BENCHMARKS.get(name).questions or len(questions),
-                limit=asking.limit,
+                limit=asking.limit if is_part else None,
                 model=model,
                 cache=card.spec.name,
                 fingerprint=card.spec.fingerprint,
                 encoder_weights=card.spec.weights_sha256,
                 geometry=card.spec.geometry.to_dict(),
                 prompt_format=card.prompt,
-                wording=asking.wording,
+                wording=wording,
                 data_root=files,
                 questions_sha256=questions_sha256(questions),
-                slim=asking.slim,
-                asked=len(subset(questions, asking.limit, slim=asking.slim)),
+                slim=asking.slim and is_part,
+                asked=len(asked),
                 batch_size=batch_size,
                 exact=asking.exact,
                 dtype=dtype,
@@ -210,6 +214,25 @@ def predict_run(
 
             last |= answer_benchmark(part, answers, control=asking.control, parts=parts)
         return last
+
+
+def _require_files(benchmarks: Sequence[str], root: Path) -> None:
+    """Say at once what lacks of all published benchmarks, before any is read.
+
+    Raises:
+        DataError: files are missing; it names each.
+    """
+    files = [file for name in benchmarks if name in PUBLISHED_BENCHMARKS for file in PUBLISHED_BENCHMARKS[name].files]
+    refuse_missing([file for file in files if not (root / file.path).is_file()], root)
+
+
+def _worded(name: str, files: str | None, wording: Wording) -> tuple[Wording, Sequence[Question]]:
+    """The questions of a benchmark, and their wording: a wording that changes none of them is the default."""
+    plain = questions_of(name, files)
+    if wording == "default":
+        return wording, plain
+    worded = tuple(load_benchmark(name, root=files or DATA_ROOT, wording=wording))  # not kept: mostly it is the same
+    return ("default", plain) if worded == plain else (wording, worded)
 
 
 def table_name(benchmark: str) -> str:

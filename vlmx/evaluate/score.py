@@ -10,9 +10,8 @@ clutter.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -25,8 +24,8 @@ from vlmx.data.records import Box, Question
 from vlmx.data.wording import Wording
 from vlmx.errors import DataError, RunError
 from vlmx.evaluate.answers import Answer, Control, Dtype, Header, answers_path, read_answers
+from vlmx.evaluate.answers_check import DELETE_LINES, check_answers, listed
 from vlmx.evaluate.baselines import baselines_of
-from vlmx.evaluate.groups import questions_sha256
 from vlmx.evaluate.intervals import estimate
 from vlmx.evaluate.metrics import MEAN_OF_TYPES, breakdown, rule_of
 from vlmx.evaluate.metrics.boxes import Comparison, hit_of, overlaps, parse_box
@@ -39,7 +38,6 @@ _COMPARISON_TEXT: Mapping[Comparison, str] = {
     "corrected": "after the answer was converted from the encoder's input to the source image",
     "raw": "as the paper's evaluation takes it: letterbox ignored, true box rounded to two decimals",
 }
-_OLD_FILES = "give the folder with the old files with --data-root, or delete the answers and give `vlmx eval` again"
 _BOXES_TEXT: Mapping[BoxRule, str] = {
     "exact": "boxes converted from the encoder's input to the source image",
     "paper": "boxes compared raw, as in the paper's evaluation",
@@ -217,52 +215,29 @@ def grade_answers(
         box_rule: see `grade`.
 
     Raises:
-        RunError: an answer's question is not in the benchmark, a question is answered twice, there are no answers, or
-            the questions are not those that were asked.
-        DataError: an answer has probabilities, and its question has not as many options.
+        RunError: see `check_answers`.
+        DataError: answers have probabilities that do not fit the options of their questions.
     """
+    check_answers(header, answers, questions)
     by_id = {answer.id: answer for answer in answers}
-    strangers = set(by_id) - {question.id for question in questions}
-    if strangers:
-        raise RunError(
-            f"{len(strangers)} answers belong to no question of '{header.benchmark}'",
-            why=f"e.g. {min(strangers)}; they belong to another benchmark or split, or it has changed since",
-            fix="delete the answers and give `vlmx eval` again",
-        )
-    if not by_id:
-        raise RunError(f"there are no answers to '{header.benchmark}' yet", fix="give `vlmx eval --run RUN` again")
-    if len(by_id) < len(answers):
-        twice = [name for name, count in Counter(answer.id for answer in answers).items() if count > 1]
-        raise RunError(
-            f"{len(twice)} questions of '{header.benchmark}' are answered more than once",
-            why=f"e.g. {twice[0]}; which answer is meant cannot be known",
-            fix="delete the answers and give `vlmx eval` again",
-        )
-    if header.questions_sha256 and header.questions_sha256 != questions_sha256(questions):
-        raise RunError(
-            f"the annotations of '{header.benchmark}' are not the ones that its answers were made for",
-            why="ids, prompts or right answers have changed since; scores of the two would not be comparable",
-            fix=_OLD_FILES,
-        )
-    changed = [
-        q.id
-        for q in questions
-        if (answer := by_id.get(q.id)) is not None
-        # under the control each question is shown another image
-        and (answer.prompt != q.prompt or (header.control == "none" and answer.image != q.image))
-    ]
-    if changed:
-        raise RunError(
-            f"{len(changed):,} answers to '{header.benchmark}' were given to other questions than the annotations have",
-            why=f"e.g. {changed[0]}, whose prompt or image is another one in the answers",
-            fix=_OLD_FILES,
-        )
     geometry = Geometry(**header.geometry)
-    return [
-        grade(q, by_id[q.id].text, geometry, box_rule=box_rule, probabilities=by_id[q.id].probabilities)
-        for q in questions
-        if q.id in by_id
-    ]
+    asked = {question.id: question for question in questions}
+    grades: list[Grade] = []
+    refused: list[tuple[Answer, DataError]] = []
+    for answer in (by_id[question.id] for question in questions if question.id in by_id):
+        try:
+            grades.append(
+                grade(asked[answer.id], answer.text, geometry, box_rule=box_rule, probabilities=answer.probabilities)
+            )
+        except DataError as error:
+            refused.append((answer, error))
+    if refused:
+        raise DataError(
+            f"{len(refused):,} answers to '{header.benchmark}' cannot be scored",
+            why=f"{listed([answer for answer, _ in refused])}; the first: {refused[0][1].what}: {refused[0][1].why}",
+            fix=DELETE_LINES,
+        )
+    return grades
 
 
 def score_grades(header: Header, grades: Sequence[Grade], *, box_rule: BoxRule = "exact") -> Score:
@@ -344,8 +319,12 @@ def grades_of_run(
     Args:
         data_root: where the benchmark's published files are; None: where they were when it was answered.
 
+    Returns:
+        The header, in which `limit` and `slim` are left out if they took all questions; and the grades, at least one.
+
     Raises:
-        RunError: the file holds answers to another benchmark, or under another control; see `grade_answers`, too.
+        RunError: there are no answers, or they are to another benchmark or under another control; see `grade_answers`,
+            too.
         DataError: the benchmark's files are missing or damaged.
     """
     path = answers_path(run, benchmark, control)
@@ -357,8 +336,14 @@ def grades_of_run(
             f"(control: {control})",
             fix="move the file back to where it came from",
         )
+    if not answers:
+        raise RunError(f"{path} has no answers yet", fix=f"give `vlmx eval --run {run.path}` again")
     root = header.data_root if data_root is None else str(data_root)
-    return header, grade_answers(header, answers, questions_of(benchmark, root, header.wording), box_rule=box_rule)
+    questions = questions_of(benchmark, root, header.wording)
+    grades = grade_answers(header, answers, questions, box_rule=box_rule)
+    if header.to_ask >= len(questions):  # as older versions recorded it
+        header = replace(header, limit=None, slim=False)
+    return header, grades
 
 
 @cache

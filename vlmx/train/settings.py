@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from vlmx.cache_specs.streams import StreamConfig
 from vlmx.config import Config
+from vlmx.data.published import DATA_ROOT
 from vlmx.errors import ConfigError
 from vlmx.registry import unknown_name
 from vlmx.train.sampler import BatchOrder
@@ -34,6 +35,7 @@ PROFILES: Mapping[str, tuple[str, ...]] = {
         "rope=bf16",
         "reduce=bf16",
         "packed=false",
+        "prompt=vicuna-v1.5",
     )
 }
 
@@ -87,6 +89,7 @@ class WatchConfig(Config):
         description="benchmarks that are answered before each checkpoint, with commas between them; null: none",
     )
     limit: int = Field(default=64, ge=1, description="how many questions of each of these benchmarks")
+    data_root: str = Field(default=DATA_ROOT, description="folder with the files of published benchmarks")
     explode_factor: float | None = Field(
         default=5.0, gt=1, description="stop when the loss stays above its median so many times; null: never"
     )
