@@ -172,8 +172,13 @@ def remarks_of(run: RunData, benchmarks: Collection[str] | None = None) -> tuple
 
 
 def made_with(scores: Iterable[Score]) -> list[str]:
-    """How questions were worded and boxes compared; several texts only if the benchmarks differ in that."""
-    said = sorted({score.made_with for score in scores})
+    """How questions were worded and boxes compared; several texts only if the benchmarks differ in that.
+
+    Benchmarks whose wording is the same either way say nothing beside others.
+    """
+    every = list(scores)
+    telling = [score for score in every if score.boxes or score.wording != "default"]
+    said = sorted({score.made_with for score in telling or every})
     return [text for text in said if not any(other.startswith(f"{text};") for other in said)]
 
 
