@@ -328,6 +328,30 @@ def test_resuming_where_only_a_part_learns(world, tmp_path, part):
     assert size < 2 * (whole.path / "model" / "llm" / "model.safetensors").stat().st_size  # no moments of the LLM
 
 
+@pytest.mark.parametrize("part", ["freeze_llm=true", "freeze_llm=false"])
+def test_resuming_before_the_first_image(world, tmp_path, part):
+    settings = [part, "seed=9", "checkpoint.every_steps=1", "checkpoint.keep=9"]
+    train_command(arguments(world, tmp_path / "whole", *settings), standalone_mode=False)
+    whole = RunFolder(tmp_path / "whole")
+    out = unfinished(whole, tmp_path / "run")
+    for step in (2, 3, 4, 5):
+        shutil.rmtree(out / "checkpoints" / f"step-{step}")
+    train_command(["--out", str(out), "--resume"], standalone_mode=False)
+    assert RunFolder(out).status["resumed_after_step"] == 1
+    assert losses(RunFolder(out)) == losses(whole)
+    assert (out / "model/connector.safetensors").read_bytes() == (
+        whole.path / "model/connector.safetensors"
+    ).read_bytes()
+
+
+def test_a_finished_run_is_not_the_result_of_another_configuration(world, plain, capsys):
+    train_command(arguments(world, plain.path, "--resume"), standalone_mode=False)
+    assert "is finished, there is nothing to resume" in capsys.readouterr().err
+    with pytest.raises(ConfigError) as caught:
+        train_command(arguments(world, plain.path, "--resume", "optim.lr=1"), standalone_mode=False)
+    assert caught.value.why == "optim.lr: 0.001, now 1.0"
+
+
 def test_dropout_goes_on_as_if_never_stopped(world, tmp_path):
     lora = ["lora.r=2", "lora.dropout=0.5"]
     train_command(arguments(world, tmp_path / "whole", *lora), standalone_mode=False)

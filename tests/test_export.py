@@ -235,7 +235,7 @@ def test_the_code_of_the_parts_runs_without_vlmx(tmp_path, prompt, rope, templat
 import json, numpy
 visual_ND = torch.from_numpy(numpy.load("visual.npy"))
 with torch.inference_mode():
-    logits = llm(inputs_embeds=embeddings(visual_ND, "{QUESTION}")).logits[0, -1].float().tolist()
+    logits = llm(inputs_embeds=embeddings(visual_ND, "  {QUESTION}\\n")).logits[0, -1].float().tolist()
 print(json.dumps({{"logits": logits, "answer": answer(visual_ND, "{QUESTION}", max_new_tokens=8)}}))
 """
     found = json.loads(run_readme(tmp_path / "out", ask).splitlines()[-1])

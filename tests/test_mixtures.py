@@ -112,6 +112,11 @@ def test_damaged_files(tmp_path, name, text, why):
     assert why in caught.value.why
 
 
+def test_the_images_of_a_file_are_in_the_table_that_extract_names_after_it(tmp_path):
+    (tmp_path / "my mix.json").write_text(json.dumps(ROWS))
+    assert load_mixture(str(tmp_path / "my mix.json")).name == "my-mix"
+
+
 def test_no_conversations(tmp_path):
     for name, text in (("a.json", " [ ] "), ("a.jsonl", "\n \n")):
         (tmp_path / name).write_text(text)

@@ -1,9 +1,12 @@
 """Are prompts the reference's, and is exactly the answer learned?"""
 
+import json
+
 import pytest
-from tiny_llm import tiny_tokenizer
+from tiny_llm import tiny_tokenizer, write_tiny_llm
 
 from vlmx.errors import UnknownNameError, UsageError
+from vlmx.models.llm import load_llm
 from vlmx.models.options import option_ids
 from vlmx.models.prompts import IGNORED, VICUNA_SYSTEM, choose_prompt
 
@@ -255,3 +258,33 @@ def test_a_template_that_raises_or_hides_answers_is_refused():
     assert caught.value.why == "no system text"
     with pytest.raises(UsageError, match="cannot be trained on"):
         chat("{{ messages | length }}")
+
+
+def test_a_sentencepiece_tokenizer_without_its_json(tmp_path):
+    """Vicuna's own folder has only tokenizer.model: ids are those of sentencepiece, and each part is encoded alone."""
+    import sentencepiece
+
+    folder = write_tiny_llm(tmp_path)
+    for left in tmp_path.glob("tokenizer*"):
+        left.unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([VICUNA_SYSTEM, "USER: what is it? ASSISTANT: a cat, and where? [0.12, 0.34]"]),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    _, tokenizer = load_llm(str(folder))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    prompt = choose_prompt("auto", tokenizer)
+    assert prompt.name == "vicuna-v1.5"
+    asked = pieces.encode(f"{VICUNA_SYSTEM} USER: what is it? ASSISTANT:")
+    answered = [*pieces.encode("a cat"), pieces.eos_id()]
+    encoded = prompt.encode([("what is it?", "a cat")])
+    assert encoded.input_ids == [pieces.bos_id(), *asked, *answered]
+    assert encoded.labels == [IGNORED] * (1 + len(asked)) + answered

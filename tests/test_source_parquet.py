@@ -95,6 +95,24 @@ def test_which_column_holds_the_images(tmp_path: Path) -> None:
         open_source(str(file))
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_conversations_that_name_their_images(tmp_path: Path, kind: Any) -> None:
+    for name in ("vg/1.jpg", "2.jpg"):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_bytes(name.encode())
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    images = pa.array(["vg/1.jpg", None, "2.jpg", "vg/1.jpg"], pa.string()).cast(kind)
+    write(tmp_path / "mix.parquet", {"id": list("abcd"), "image": images, "conversations": [turns] * 4})
+    source = open_source(f"{tmp_path}/mix.parquet", tmp_path / "root")
+    assert contents(source) == {"vg/1.jpg": b"vg/1.jpg", "2.jpg": b"2.jpg"}
+    assert source.name == "mix"
+    assert "mix.parquet (4 rows): 2 images; left out: 1 text-only rows" in source.describe
+    with pytest.raises(DataError, match=r"2 of 2 images that .*mix.parquet names are missing"):
+        open_source(f"{tmp_path}/mix.parquet")
+    with pytest.raises(DataError, match="no column of images 'image'"):
+        open_sources([f"{tmp_path}/mix.parquet"], image_column="image")
+
+
 def test_missing_empty_and_damaged_files(tmp_path: Path) -> None:
     file = tmp_path / "0.parquet"
     with pytest.raises(DataError, match="1 of 1 parquet files are missing"):

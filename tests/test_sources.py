@@ -70,15 +70,42 @@ def test_llava_json_names_each_image_once_in_order(tmp_path: Path) -> None:
         assert "(4 rows): 2 images; left out: 1 text-only rows" in source.describe
 
 
-def test_llava_json_with_missing_images_counts_them_before_anything_starts(tmp_path: Path) -> None:
+def test_llava_json_with_missing_images_counts_them_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     write_photo(tmp_path / "here.jpg", 1)
-    rows = [{"id": "h", "image": "here.jpg"}] + [{"id": str(i), "image": f"gone/{i}.jpg"} for i in range(7)]
+    gone = [f"gone/by/{i}/x.jpg" for i in range(4)] + [f"vg/{i}.jpg" for i in range(2)] + ["top.jpg"]
+    rows = [{"id": name, "image": name} for name in ("here.jpg", *gone)]
     (tmp_path / "mix.json").write_text(json.dumps(rows))
     with pytest.raises(DataError) as caught:
         open_source(str(tmp_path / "mix.json"))
     assert "7 of 8 images" in caught.value.what
-    assert "gone/0.jpg, gone/1.jpg, gone/2.jpg, gone/3.jpg, gone/4.jpg, ..." in caught.value.why
+    (listed,) = tmp_path.glob("vlmx-missing-images-*.txt")
+    assert caught.value.why == (
+        f"not below {tmp_path}: 4 in gone/by, 2 in vg, 1 in no folder; the first are gone/by/0/x.jpg, gone/by/1/x.jpg,"
+        f" gone/by/2/x.jpg, gone/by/3/x.jpg, vg/0.jpg; all 7 are in {listed}"
+    )
+    assert listed.read_text().splitlines() == gone
     assert "--image-root" in caught.value.fix
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no such folder"))
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path / "mix.json"))
+    assert caught.value.why.endswith("vg/0.jpg")
+
+
+def test_the_list_of_missing_images_counts_the_rest_of_many_folders(tmp_path: Path) -> None:
+    (tmp_path / "few.json").write_text(json.dumps([{"id": str(i), "image": f"{i % 3}/{i}.jpg"} for i in range(3)]))
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path / "few.json"))
+    assert caught.value.why == f"not below {tmp_path}: 1 in 0, 1 in 1, 1 in 2; 0/0.jpg, 1/1.jpg, 2/2.jpg"
+    many = [{"id": str(i), "image": f"{i % 10}/{i}.jpg"} for i in range(25)]
+    (tmp_path / "many.json").write_text(json.dumps(many))
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path / "many.json"))
+    assert (
+        "3 in 0, 3 in 1, 3 in 2, 3 in 3, 3 in 4, 2 in 5, 2 in 6, 2 in 7, 4 in 2 others; the first" in caught.value.why
+    )
 
 
 @pytest.mark.parametrize(

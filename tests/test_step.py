@@ -67,6 +67,26 @@ def test_batches_are_those_of_the_order(folder):
     assert feed_of(plans["paper"]).digest() == feed_of(plans["paper"], rank=1, world=2).digest()
 
 
+def test_a_step_without_images_leaves_the_connector_alone(folder):
+    trainee, optimizer, plan, step = one_step(folder, ALONE)
+    images, texts = step.micro_batches
+    train_step(trainee.vlm, optimizer, replace(step, micro_batches=[images]), plan, ALONE)
+    connector = {name: value.clone() for name, value in trainee.vlm.connector.state_dict().items()}
+    head = trainee.vlm.llm.get_output_embeddings().weight.clone()
+    train_step(trainee.vlm, optimizer, replace(step, images=[], micro_batches=[texts]), plan, ALONE)
+    assert not torch.equal(head, trainee.vlm.llm.get_output_embeddings().weight)
+    for name, value in trainee.vlm.connector.state_dict().items():
+        assert torch.equal(value, connector[name]), name
+
+
+def test_the_schedule_of_the_papers_order_is_made_from_the_conversations(folder):
+    settings = ["global_batch=6", "micro_batch=3", "epochs=2"]
+    plan = plan_of(folder, ALONE, "order=paper", *settings)
+    assert (plan.total_steps, plan.schedule_steps) == (16, 14)  # 6 batches of images and 2 of text; 40 / 6 rounded up
+    plan = plan_of(folder, ALONE, *settings)
+    assert plan.schedule_steps == plan.total_steps
+
+
 def test_the_papers_order_of_data_without_images_is_refused_before_anything_is_loaded(folder, tmp_path):
     rows = json.loads((folder / "photos.json").read_text())
     (tmp_path / "photos.json").write_text(json.dumps([row for row in rows if "image" not in row]))

@@ -1,8 +1,10 @@
 """Is it said when a training goes wrong: a loss that explodes, boxes that collapse? And where do its metrics go?"""
 
 import json
+import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,15 +13,16 @@ from train_world import arguments, make_world
 
 from vlmx.cache_specs.geometry import Geometry
 from vlmx.cache_specs.ids import ImageEntry, ImageTable
+from vlmx.cache_specs.reader import open_cache
 from vlmx.data.mini.study import scene_keys
 from vlmx.data.records import Question
-from vlmx.errors import BackendError, RunError, UnknownNameError, UsageError
+from vlmx.errors import BackendError, DataError, RunError, UnknownNameError, UsageError
 from vlmx.runs import RunFolder
 from vlmx.train.checkpoints import read_record
 from vlmx.train.command import train as train_command
 from vlmx.train.meter import Alarm
-from vlmx.train.settings import WatchConfig
-from vlmx.train.watch import CollapseAlarm, Seen, score
+from vlmx.train.settings import TrainConfig, WatchConfig
+from vlmx.train.watch import CollapseAlarm, Seen, Watch, score
 
 SQUARE = Geometry(mode="letterbox", height=224, width=224, fill=(0, 0, 0))
 WATCH = ["watch.benchmarks=mini-ref,mini-count", "watch.limit=4"]
@@ -73,6 +76,7 @@ def test_an_exploded_loss_stops_with_the_batch_where_it_began():
     with pytest.raises(RunError, match=r"step 103: .* above 5 x its median of 2 since step 101") as caught:
         alarm([2.0] * 100 + [11.0] * 3)
     assert caught.value.why == "the batch of step 101 was c101, c"
+    assert "remove the checkpoints after step 100 and go on with --resume-anyway optim.lr=LOWER" in caught.value.fix
 
 
 def test_what_is_no_explosion():
@@ -133,6 +137,13 @@ def test_held_out_accuracy():
     assert seen.box_chance == pytest.approx(1 / 6)  # of six wrong pairs, the second box fits the first question
     assert seen.text == 1 / 2
     assert seen.mean == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert seen.numbers == {"text_accuracy": seen.text, "box_accuracy": seen.box, "box_chance": seen.box_chance}
+
+
+def test_nothing_is_said_about_questions_that_do_not_exist():
+    asked = [question(0, answers=("red",)), question(1, box=(0.0, 0.0, 112.0, 224.0))]
+    assert score(asked[:1], ["red"], SQUARE).numbers == {"text_accuracy": 1.0}
+    assert score(asked[1:], ["[0.0, 0.0, 0.5, 1.0]"], SQUARE).numbers == {"box_accuracy": 1.0}
 
 
 def seen(text, box):
@@ -140,8 +151,9 @@ def seen(text, box):
 
 
 def test_the_collapse_alarm_says_once_what_helps():
-    found, wide = CollapseAlarm(), Geometry(mode="letterbox", height=800, width=1333, fill=(0, 0, 0))
-    said = [found.add(seen(text, 0.06), connector="mlp2", geometry=wide) for text in (0.2, 0.4, 0.5, 0.6)]
+    wide = Geometry(mode="letterbox", height=800, width=1333, fill=(0, 0, 0))
+    found = CollapseAlarm(connector="mlp2", geometry=wide)
+    said = [found.add(seen(text, 0.06)) for text in (0.2, 0.4, 0.5, 0.6)]
     assert [text is not None for text in said] == [False, False, True, False]
     assert "text answers went from 20% to 50%, but boxes are right in 6%, where guessing gives 5%" in said[2]
     assert "connector=mlp3 and a cache at --res 512" in said[2]
@@ -157,9 +169,45 @@ def test_the_collapse_alarm_says_once_what_helps():
     ],
 )
 def test_the_collapse_alarm_is_silent(texts, boxes):
-    found = CollapseAlarm()
+    found = CollapseAlarm(connector="mlp2", geometry=SQUARE)
     for text, box in zip(texts, boxes, strict=True):
-        assert found.add(seen(text, box), connector="mlp2", geometry=SQUARE) is None
+        assert found.add(seen(text, box)) is None
+
+
+def watch_of(world, **config):
+    return Watch(TrainConfig(cache="vit-mini", watch=WatchConfig(**config)), open_cache("vit-mini", world / "caches"))
+
+
+def looked(run, step, look):
+    run.log(step=step, loss=1.0)
+    run.log(step=step, **look.numbers)
+
+
+def test_a_resumed_training_knows_the_looks_before(world, tmp_path):
+    watch = watch_of(world, benchmarks="mini-ref,mini-count", limit=64)
+    run = RunFolder.create(tmp_path / "run", kind="train", config={})
+    assert watch.recall(run, 0) == []
+    looked(run, 10, seen(0.2, 0.05))
+    looked(run, 20, seen(0.4, 0.05))
+    looked(run, 30, seen(0.6, 0.05))  # it is killed, and the checkpoint of step 20 is the newest
+    assert watch.recall(run, 20) == [seen(0.2, 0.05), seen(0.4, 0.05)]
+    resumed = CollapseAlarm(connector="mlp2", geometry=SQUARE)
+    for look in watch.recall(run, 20):
+        assert resumed.add(look) is None
+    assert "text answers went from 20% to 60%" in resumed.add(seen(0.6, 0.05))
+
+
+def test_looks_at_other_questions_do_not_count(world, tmp_path):
+    run = RunFolder.create(tmp_path / "run", kind="train", config={})
+    first, second = watch_of(world, benchmarks="mini-ref"), watch_of(world, benchmarks="mini-ref", limit=8)
+    first.recall(run, 0)
+    looked(run, 10, Seen(text=0.0, texts=0, box=0.5, boxes=64, box_chance=0.0))
+    assert second.recall(run, 10) == []
+    looked(run, 20, Seen(text=0.0, texts=0, box=0.25, boxes=8, box_chance=0.125))
+    assert second.recall(run, 20) == [Seen(text=0.0, texts=0, box=0.25, boxes=8, box_chance=0.125)]
+    assert second.recall(run, 5) == []  # the checkpoints after it were damaged
+    looked(run, 10, Seen(text=0.0, texts=0, box=0.0, boxes=8, box_chance=0.0))
+    assert run.status["held_out"]["since_step"] == 5
 
 
 def test_watching_is_logged_and_changes_nothing(world, plain, capsys):
@@ -191,6 +239,10 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_done(world, tmp_pa
         train_command(arguments(world, tmp_path / "run", *WATCH, "checkpoint.every_steps=0"), standalone_mode=False)
     with pytest.raises(UnknownNameError, match="did you mean 'mini-count'"):
         train_command(arguments(world, tmp_path / "run", "watch.benchmarks=mini-coun"), standalone_mode=False)
+    pope = ["watch.benchmarks=pope", "watch.data_root=photos"]
+    with pytest.raises(DataError, match="published data are missing below photos") as caught:
+        train_command(arguments(world, tmp_path / "run", *pope), standalone_mode=False)
+    assert caught.value.fix.endswith("give the folder that has them with watch.data_root=FOLDER")
     assert not (tmp_path / "run").exists()
 
 
@@ -216,3 +268,80 @@ def test_tensorboard(world, plain, tmp_path):
     logged = {event.step: event.value for event in events.Scalars("loss")}
     assert logged == pytest.approx(losses(plain), abs=1e-6)
     assert json.loads((out / "status.json").read_text())["state"] == "done"
+
+
+TRACKIO = """
+calls = []
+def init(**given):
+    print("* banner")
+    calls.append([given["name"], given["resume"]])
+def log(numbers, step): calls[-1].append(step)
+def finish(): print("* finished")
+"""
+
+WANDB = """
+import os
+from types import SimpleNamespace
+class Error(Exception): pass
+def setup(): return SimpleNamespace(settings=SimpleNamespace(mode=os.environ.get("WANDB_MODE", "online")))
+def login(verify): raise Error("No API key configured.")
+def init(**given):
+    if given["name"] == "refused": raise Error("not yours")
+    return SimpleNamespace(log=log, finish=finish)
+def log(numbers, step):
+    if step == 3: raise Error("it is gone")
+def finish(): raise AssertionError("it takes nothing any more")
+"""
+
+
+@pytest.fixture
+def tracker(tmp_path, monkeypatch):
+    """Installs a module in the place of a tracker's."""
+
+    def install(name, source):
+        (tmp_path / "modules").mkdir()
+        (tmp_path / "modules" / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path / "modules")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return import_module(name)
+
+    yield install
+    for name in ("trackio", "wandb"):
+        sys.modules.pop(name, None)
+
+
+def test_runs_of_the_same_name_are_two_of_trackio(world, tmp_path, capsys, tracker):
+    trackio = tracker("trackio", TRACKIO)
+    for parent in ("p1", "p2"):
+        out = tmp_path / parent / "x"
+        train_command([*arguments(world, out, "max_steps=2"), "--log-to", "trackio"], standalone_mode=False)
+        assert capsys.readouterr().out == f"{out}\n"
+    shutil.rmtree(out / "model")
+    RunFolder(out).set_status("failed")
+    train_command(["--out", str(out), "--caches", str(world / "caches"), "--resume"], standalone_mode=False)
+    first, second, resumed = trackio.calls
+    assert first[0] != second[0]
+    assert (first[0][:2], second[0][:2]) == ("x-", "x-")
+    assert (first[1:], second[1:]) == (["never", 1, 2], ["never", 1, 2])
+    assert resumed == [second[0], "allow"]
+
+
+def test_wandb_without_a_login(world, tmp_path, monkeypatch, tracker):
+    tracker("wandb", WANDB)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(BackendError, match="No API key configured") as caught:
+        train_command([*arguments(world, tmp_path / "run"), "--log-to", "wandb"], standalone_mode=False)
+    assert "`wandb login`, or WANDB_MODE=offline" in caught.value.fix
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(BackendError, match="not yours"):
+        train_command([*arguments(world, tmp_path / "refused"), "--log-to", "wandb"], standalone_mode=False)
+
+
+def test_a_tracker_that_fails_ends_no_training(world, plain, tmp_path, capsys, monkeypatch, tracker):
+    tracker("wandb", WANDB)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train_command([*arguments(world, tmp_path / "run"), "--log-to", "wandb"], standalone_mode=False)
+    assert losses(RunFolder(tmp_path / "run")) == losses(plain)
+    said = [line for line in capsys.readouterr().err.splitlines() if "WandB" in line]
+    assert said == ["warning: WandB takes no more metrics (it is gone): the training goes on without"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from vlmx.errors import DataError, UsageError
 from vlmx.registry import unknown_name
 
 DATASETS = "datasets"
+NAMES_SHOWN, FOLDERS_SHOWN, FOLDER_DEPTH = 5, 8, 2
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -189,9 +192,47 @@ def tables_guard(root: Place) -> Iterator[None]:
         claims.close()
 
 
+def list_images(keys: Sequence[str]) -> str:
+    """These images in one text, for an error: how many in each folder, the first few names, and a file with all names
+    if there are more. Of a folder no more than its first two levels are told apart, and the fullest ones come first.
+
+    The file lies where temporary files do, and is named after its content: one error that is seen again leaves no
+    second file. Where it cannot be written, it is not mentioned.
+    """
+    counts = Counter("/".join(key.split("/")[:-1][:FOLDER_DEPTH]) for key in keys).most_common()
+    folders = [f"{count:,} in {folder or 'no folder'}" for folder, count in counts[:FOLDERS_SHOWN]]
+    if rest := counts[FOLDERS_SHOWN:]:
+        folders.append(f"{sum(count for _, count in rest):,} in {len(rest):,} others")
+    parts = [", ".join(folders)] if any(folder for folder, _ in counts) else []
+    if len(keys) <= NAMES_SHOWN:
+        return "; ".join([*parts, ", ".join(keys)])
+    parts.append(f"the first are {', '.join(keys[:NAMES_SHOWN])}")
+    if path := _written(keys):
+        parts.append(f"all {len(keys):,} are in {path}")
+    return "; ".join(parts)
+
+
+def _written(keys: Sequence[str]) -> Path | None:
+    """A file with a key a line."""
+    data = "".join(f"{key}\n" for key in keys).encode(errors="replace")
+    try:
+        path = Path(tempfile.gettempdir(), f"vlmx-missing-images-{hashlib.sha256(data).hexdigest()[:8]}.txt")
+        if not path.is_file() or path.read_bytes() != data:
+            path.write_bytes(data)
+    except OSError:
+        return None
+    return path
+
+
 def table_key(name: str) -> str:
     """Where the table of data set `name` lies below the cache root."""
     return f"{DATASETS}/{name}.jsonl"
+
+
+def table_name(text: str) -> str:
+    """A data set's name from a file name: what is not allowed in names becomes '-'."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._").replace(".stamps", "-stamps")
+    return name or "images"
 
 
 def table_names(root: Place) -> list[str]:

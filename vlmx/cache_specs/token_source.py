@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmx.cache_specs.buffers import aligned_empty
+from vlmx.cache_specs.ids import list_images
 from vlmx.cache_specs.places import Place, place_of
 from vlmx.cache_specs.quantize import Quantization
 from vlmx.cache_specs.spec import DType, TokenShape
@@ -169,8 +170,9 @@ class TokenSource(ABC):
         """Make sure that all of `ids` have tokens.
 
         Args:
-            ids: image ids.
-            data: what they are images of, as `vlmx extract --data` takes it; named in the error.
+            ids: image ids. If it is a mapping from them to the data's own keys, errors call the images by these.
+            data: what they are images of, as `vlmx extract --data` takes it, further options included; named in the
+                error.
 
         Raises:
             CacheError: how many are missing, in which cache, the first few, and the commands that make them.
@@ -179,11 +181,12 @@ class TokenSource(ABC):
         lacking = {part: missing for part in self.parts if (missing := part.missing(wanted))}
         if not lacking:
             return
+        names: Mapping[str, str] = ids if isinstance(ids, Mapping) else {}
         raise CacheError(
             "; ".join(
                 f"{len(ids)} of {len(wanted)} images are not in cache {part.name}" for part, ids in lacking.items()
             ),
-            why="; ".join(_examples(part, missing) for part, missing in lacking.items()),
+            why="; ".join(_examples(part, missing, names) for part, missing in lacking.items()),
             fix=_fix(lacking, data or "DATA"),
         )
 
@@ -195,20 +198,29 @@ def _fix(lacking: Mapping[TokenReader, Sequence[str]], data: str) -> str:
     return f"{commands} adds them, and encodes nothing twice"
 
 
-def _examples(part: TokenReader, missing: Sequence[str]) -> str:
-    few = ", ".join(image[:12] for image in missing[:3]) + (", ..." if len(missing) > 3 else "")
+def _examples(part: TokenReader, missing: Sequence[str], names: Mapping[str, str]) -> str:
+    if names:
+        few = list_images([names[image] for image in missing])
+    else:
+        few = "the first are " + ", ".join(image[:12] for image in missing[:3]) + (", ..." if len(missing) > 3 else "")
     broken = [image for image in missing if image in part.failed]
     if not broken:
-        return f"the first are {few}"
-    return f"the first are {few}; {len(broken)} of them could not be decoded, e.g. {part.failed[broken[0]]}"
+        return few
+    return f"{few}; {len(broken)} of them could not be decoded, e.g. {part.failed[broken[0]]}"
 
 
-def extract_commands(parts: Iterable[TokenReader], data: str) -> str:
-    """What to type so that each of these caches gets the images of `data`: a command for each, joined with &&."""
-    return " && ".join(_extract_command(part, data) for part in parts)
+def extract_commands(parts: Iterable[TokenReader], data: str, options: Sequence[str] = ()) -> str:
+    """What to type so that each of these caches gets the images of `data`: a command for each, joined with &&.
+
+    Args:
+        parts: the caches.
+        data: as `vlmx extract --data` takes it.
+        options: further words for `vlmx extract`.
+    """
+    return " && ".join(_extract_command(part, data, options) for part in parts)
 
 
-def _extract_command(part: TokenReader, data: str) -> str:
+def _extract_command(part: TokenReader, data: str, options: Sequence[str]) -> str:
     spec = part.spec
     words = ["vlmx extract --backbone", spec.backbone, "--res", spec.resolution]
     words += ["--weights", spec.weights_sha256] if spec.random_weights else []
@@ -216,7 +228,7 @@ def _extract_command(part: TokenReader, data: str) -> str:
     words += ["--codec", spec.codec] if spec.codec != "crc32c" else []
     words += ["--compute", spec.compute] if spec.compute != "float32" else []
     words += _encoder_options(part.place)
-    words += ["--data", data]
+    words += [*options, "--data", data]
     words += ["--out", part.root.url] if part.root != place_of(DEFAULT_ROOT) else []
     return " ".join(words)
 

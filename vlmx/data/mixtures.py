@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from vlmx.cache_specs.ids import table_name
 from vlmx.data.annotation_files import without_collector
 from vlmx.data.llava665k import check_mixture
 from vlmx.data.mini import study
@@ -118,7 +119,7 @@ def read_llava(path: Path) -> Mixture:
     report = check_mixture(conversations)
     if report is not None:
         notes += report.notes
-    return Mixture(name=path.stem, conversations=tuple(conversations), notes=tuple(notes))
+    return Mixture(name=table_name(path.stem), conversations=tuple(conversations), notes=tuple(notes))
 
 
 def _unique(name: str, times_seen: dict[str, int]) -> str:

@@ -135,7 +135,7 @@ def image_ids(
             fix=f"replace their files, then {commands}",
         )
     ids = {key: images.id_of(key) for key in wanted}
-    reader.require(ids.values(), data=table + _elsewhere(data_root))
+    reader.require({image: key for key, image in ids.items()}, data=table + _elsewhere(data_root))
     return ids
 
 

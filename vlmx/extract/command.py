@@ -83,14 +83,14 @@ SHOWN_FAILURES = 5
     metavar="DATA",
     shell_complete=complete_data,
     help="mini (the embedded study), a published data set (vqav2, refcoco, ..., llava-665k), a folder, a LLaVA-style "
-    ".json or .jsonl, webdataset .tar files (also https:// and s3://), or .parquet files. Several: give it again, or "
-    "separate them by commas.",
+    ".json, .jsonl or .parquet, webdataset .tar files (also https:// and s3://), or images in .parquet files. Several: "
+    "give it again, or separate them by commas.",
 )
 @click.option(
     "--image-root",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="FOLDER",
-    help="Where the image paths of a JSON start. Default: the folder of the JSON.",
+    help="Where the image paths of a JSON, or of conversations in parquet, start. Default: the folder of the file.",
 )
 @click.option(
     "--data-root",

@@ -43,6 +43,7 @@ def add_adapters(llm: Any, *, r: int, alpha: float, dropout: float, targets: Seq
     from peft import LoraConfig, inject_adapter_in_model
 
     head = llm.get_output_embeddings()
+    names = _linear_names(llm)  # before peft puts its own modules there
     if targets is None:
         chosen = {name: module for name, module in llm.named_modules() if _is_linear(module) and module is not head}
     else:
@@ -58,7 +59,8 @@ def add_adapters(llm: Any, *, r: int, alpha: float, dropout: float, targets: Seq
     try:
         inject_adapter_in_model(config, llm)
     except ValueError as error:  # for instance parts of a state-space model, which peft does not take
-        raise _refused(llm, targets, str(error).strip().splitlines()[0]) from error
+        why = str(error).strip().splitlines()[0]
+        raise _refused([name for name in names if f"'{name}'" not in why], targets, why) from error
     return left
 
 
@@ -79,16 +81,23 @@ def _named_layers(llm: Any, targets: Sequence[str]) -> dict[str, torch.nn.Module
             problems.append(f"{target} shares its weights with the embedding")
         chosen |= found
     if problems:
-        raise _refused(llm, targets, "; ".join(problems))
+        raise _refused(_linear_names(llm), targets, "; ".join(problems))
     return chosen
 
 
-def _refused(llm: Any, targets: Sequence[str] | None, why: str) -> UsageError:
-    names = {name.rpartition(".")[2] for name, module in llm.named_modules() if _is_linear(module)}
+def _linear_names(llm: Any) -> list[str]:
+    """Last parts of the names of all linear layers but the head, sorted."""
+    head = llm.get_output_embeddings()
+    layers = {name for name, module in llm.named_modules() if _is_linear(module) and module is not head}
+    return sorted({name.rpartition(".")[2] for name in layers})
+
+
+def _refused(names: Sequence[str], targets: Sequence[str] | None, why: str) -> UsageError:
+    """The error; `names` are those of layers that can have an adapter."""
     return UsageError(
         f"the adapters cannot be put into {', '.join(targets or ['the linear layers'])}",
         why=why,
-        fix=f"choose lora.targets among {', '.join(sorted(names))}",
+        fix=f"choose lora.targets among {', '.join(names)}",
     )
 
 

@@ -30,8 +30,8 @@ for module in llm.modules():
         module.register_forward_hook(rounded, with_kwargs=True)
 '''
 _TEXTS = {
-    VicunaPrompt.name: f'f"{VICUNA_SYSTEM} USER: {{question}} ASSISTANT:"',
-    PlainPrompt.name: 'f"USER: {question} ASSISTANT:"',
+    VicunaPrompt.name: f'f"{VICUNA_SYSTEM} USER: {{question.strip()}} ASSISTANT:"',
+    PlainPrompt.name: 'f"USER: {question.strip()} ASSISTANT:"',
 }
 
 

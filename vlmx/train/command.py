@@ -172,7 +172,9 @@ def train(
         if dry_run:
             _preview(resolved, row, caches, rank, world_size, pull)
             return
-        if folder is None or not _is_finished(folder, resume):
+        if folder is not None and _is_finished(folder, resume) and _has_config(folder, resolved):
+            note(f"{folder} is finished, there is nothing to resume")
+        else:
             folder = _run(resolved, row, caches, folder, world_size, resume, resume_anyway, pull)
     except VlmxError as error:
         if world_size == 1:
@@ -253,7 +255,7 @@ def _resolve(
 
 
 def _is_finished(folder: Path, resume: bool) -> bool:
-    """Whether there is nothing to do.
+    """Whether a training has come to its end there.
 
     Raises:
         RunError: there is a run in the folder, and it shall not be gone on with.
@@ -266,10 +268,11 @@ def _is_finished(folder: Path, resume: bool) -> bool:
             why=f"it is {RunFolder(folder).status['state']}",
             fix="--resume goes on with it; or choose another --out, or remove it",
         )
-    if RunFolder(folder).status["state"] == "done":
-        note(f"{folder} is finished, there is nothing to resume")
-        return True
-    return False
+    return bool(RunFolder(folder).status["state"] == "done")
+
+
+def _has_config(folder: Path, config: TrainConfig) -> bool:
+    return RunFolder(folder).config == config.model_dump(mode="json")
 
 
 def _preview(
@@ -317,11 +320,12 @@ def _run(
         require_row(plan, row)
     if folder is None:
         folder = Path("runs") / f"{plan.reader.name}-{plan.config.connector}-{Path(plan.config.data).stem}"
-        if _is_finished(folder, resume):
-            return folder
-    changes = None
+    finished, changes = _is_finished(folder, resume), None
     if resume and (folder / "status.json").exists():
-        changes = require_same(RunFolder(folder), plan.config, anyway=resume_anyway)
+        changes = require_same(RunFolder(folder), plan.config, anyway=resume_anyway and not finished)
+    if finished:
+        note(f"{folder} is finished, there is nothing to resume")
+        return folder
     survey_before_start(plan, reports=int(os.environ.get("RANK", "0")) == 0)
     world = join()
     try:

@@ -43,6 +43,7 @@ def train(plan: TrainPlan, out: Path, world: World, *, resume: bool, changes: Ch
         changes: of the run's configuration, which were insisted on; they are recorded.
 
     Raises:
+        DataError, CacheError: the held-out questions (watch.benchmarks) or their tokens are missing; no run was made.
         WeightsError: the LLM cannot be loaded.
         UsageError: prompt format, LLM and visual tokens do not go together.
         RunError: the loss or the gradient is not finite, or the loss has exploded; another process trains in `out`, it
@@ -53,15 +54,15 @@ def train(plan: TrainPlan, out: Path, world: World, *, resume: bool, changes: Ch
         OutOfSpaceError: the disk is full, at the end or when asked to stop; before that it is only reported.
     """
     run = RunFolder(out)
+    watch = Watch(plan.config, plan.reader) if plan.config.watch.benchmarks else None
     with session(plan, run, world, resume=resume, changes=changes) as this:
-        _train(plan, run, world, this, resume=resume)
+        _train(plan, run, world, this, watch, resume=resume)
     world.barrier()
     return run
 
 
-def _train(plan: TrainPlan, run: RunFolder, world: World, this: Session, *, resume: bool) -> None:
+def _train(plan: TrainPlan, run: RunFolder, world: World, this: Session, watch: Watch | None, *, resume: bool) -> None:
     config = plan.config
-    watch = Watch(config, plan.reader) if config.watch.benchmarks else None
     trainee = assemble(plan, world)
     vlm, prompt, card = trainee.vlm, trainee.prompt, trainee.card
     optimizer = build_optimizer(vlm, config.optim, trainee.decaying)
@@ -70,10 +71,13 @@ def _train(plan: TrainPlan, run: RunFolder, world: World, this: Session, *, resu
     keeper = Keeper(run.path / "checkpoints", config.checkpoint, card_to_dict(card), world)
     restored = keeper.restore(vlm, optimizer) if resume else None
     start = this.start = this.done = restored.step if restored else 0
-    alarm, collapse = Alarm(config.watch, restored.losses if restored else ()), CollapseAlarm()
+    alarm = Alarm(config.watch, restored.losses if restored else ())
+    collapse = CollapseAlarm(connector=config.connector, geometry=plan.reader.spec.geometry)
     if world.first:
         notes = [*plan.notes, *remarks(config, vlm.llm.config, world)]
         _announce(plan, run, trainee, world, start, notes, resume=resume)
+        for seen in watch.recall(run, start) if watch else ():
+            collapse.add(seen)  # it is this process that says it, and what it said before it says no more
     counts = Counter(restored.counts if restored and world.first else {})
     vlm.train()
     with ExitStack() as stack:
@@ -84,7 +88,7 @@ def _train(plan: TrainPlan, run: RunFolder, world: World, this: Session, *, resu
             if meter is not None:
                 meter.waited()
             done = step.index + 1
-            set_learning_rates(optimizer, lr_factor(step.index, plan.total_steps, config.optim.warmup_ratio))
+            set_learning_rates(optimizer, lr_factor(step.index, plan.schedule_steps, config.optim.warmup_ratio))
             result = train_step(vlm, optimizer, step, plan, world)
             this.done = done
             alarm.check(done, result.loss, step.example_ids)
@@ -144,12 +148,11 @@ def _look(
     """Held-out accuracy after `done` steps; reported, with an alarm where it shows a collapse."""
     started_s = time.perf_counter()
     seen = watch.look(vlm, prompt, world, plan.config.precision)
-    said = collapse.add(seen, connector=plan.config.connector, geometry=plan.reader.spec.geometry)
+    said = collapse.add(seen)
     if meter is not None:
         meter.paused(time.perf_counter() - started_s)
-        held_out = {"text_accuracy": seen.text, "box_accuracy": seen.box, "box_chance": seen.box_chance}
-        meter.log(done, **held_out)
-        note(f"after step {done}: " + ", ".join(f"{name} {value:.1%}" for name, value in held_out.items()))
+        meter.log(done, **seen.numbers)
+        note(f"after step {done}: " + ", ".join(f"{name} {value:.1%}" for name, value in seen.numbers.items()))
         if said is not None:
             warn(said)
             try:

@@ -71,8 +71,8 @@ class Alarm:
                 f"training stopped at step {step}: the loss is {loss:.4g} and has been above {factor:g} x its median"
                 f" of {self._median:.4g} since step {began}",
                 why=f"the batch of step {began} was {', '.join(ids)}",
-                fix=f"remove the checkpoints after step {began - 1}, lower optim.lr or look at these examples, and"
-                " resume; watch.explode_factor=null switches this off",
+                fix=f"look at these examples, or remove the checkpoints after step {began - 1} and go on with"
+                " --resume-anyway optim.lr=LOWER; watch.explode_factor=null switches this off",
             )
 
 

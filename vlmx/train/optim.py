@@ -32,7 +32,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, decaying: frozenset[s
             continue
         groups.setdefault((name.startswith("connector."), name in decaying), []).append(parameter)
     connector_lr = config.connector_lr or config.lr
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {
                 "params": parameters,
@@ -45,6 +45,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig, decaying: frozenset[s
         betas=config.betas,
         foreach=True,
     )
+    # All moments are there from the start, so that a checkpoint has those of the connector even before its first image.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
 
 
 def lr_factor(step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -73,9 +79,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, distr
     """Scale gradients down to a global norm of `max_norm` and return the norm before.
 
     Squares are summed in float64, so the norm hardly depends on how the parameters are spread over processes. Nothing
-    is scaled when the norm is not finite: the caller stops then.
+    is scaled when the norm is not finite: the caller stops then. Either all processes have gradients or none has.
     """
     gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    if not gradients:  # only the connector learns, and the batch has no image
+        return 0.0
     squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients]).sum()
     if distributed:
         torch.distributed.all_reduce(squares)

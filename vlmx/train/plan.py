@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmx.cache_specs.audit import read_runs
+from vlmx.cache_specs.catalog import list_caches
 from vlmx.cache_specs.fused import FusedSpec
-from vlmx.cache_specs.ids import ImageTable, table_key
+from vlmx.cache_specs.ids import ImageTable, list_images, table_key
 from vlmx.cache_specs.places import Place, place_of
 from vlmx.cache_specs.reader import open_cache
-from vlmx.cache_specs.streams import NO_CACHE, open_stream
+from vlmx.cache_specs.streams import NO_CACHE, StreamConfig, open_stream
 from vlmx.cache_specs.token_source import DEFAULT_ROOT, TokenSource, extract_commands
-from vlmx.data.llava665k import SourceCount, check_mixture
-from vlmx.data.mixtures import Mixture, load_mixture
+from vlmx.data.llava665k import SourceCount, check_mixture, missing_images
+from vlmx.data.mixtures import MIXTURES, Mixture, load_mixture
+from vlmx.data.published import DATA_ROOT
 from vlmx.data.records import Conversation
 from vlmx.errors import CacheError, DataError, UsageError
 from vlmx.models.connectors import CONNECTORS
 from vlmx.train.sampler import epoch_batches, steps_an_epoch
 from vlmx.train.settings import TrainConfig
 
-SHOWN = 5
+_OPTIONS = {key: f"--{key.replace('_', '-')}" for key in ("backbone", "res", "weights", "image_root")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,15 @@ class TrainPlan:
     micro_batch: int
     notes: tuple[str, ...]
     sources: tuple[SourceCount, ...] = ()
+
+    @property
+    def schedule_steps(self) -> int:
+        """Optimiser steps after which the learning rate is 0: all of the run. In the paper's order the reference's
+        number, which is made from the conversations: a step or two less where each kind fills up its last batch.
+        """
+        if self.config.order != "paper" or self.config.max_steps is not None:
+            return self.total_steps
+        return math.ceil(len(self.conversations) / self.config.global_batch) * self.config.epochs
 
 
 def make_plan(
@@ -107,11 +121,13 @@ def _tokens(config: TrainConfig, caches: Place, pull: str | None) -> tuple[Mixtu
         mixture = load_mixture(config.data)
         images = {config.images or mixture.name: config.stream.images or config.data}
         return mixture, open_stream(config.stream, images, caches)
-    if config.stream.backbone is not None:
+    streamed = {key: value for key, value in config.stream if value != StreamConfig.model_fields[key].default}
+    if streamed:
         raise UsageError(
             "it is not clear where the tokens come from",
-            why=f"cache is {config.cache}, and {config.stream.backbone} shall encode on the fly",
-            fix="leave --backbone out, or give --cache none",
+            why=f"cache is {config.cache}, and for encoding on the fly there is "
+            + ", ".join(f"{_OPTIONS.get(key, f'stream.{key}')} {value}" for key, value in streamed.items()),
+            fix=f"leave {', '.join(_OPTIONS.get(key, f'stream.{key}') for key in streamed)} out, or give --cache none",
         )
     reader = open_cache(config.cache, caches, pull=pull)
     return load_mixture(config.data), reader
@@ -177,14 +193,21 @@ def _with_images(
     if not keys:
         return conversations, {}, ()
     root, name = reader.root, config.images or data_name
-    commands = (
-        extract_commands(reader.parts, config.data) if reader.parts else "say with stream.images=DATA where they are"
-    )
+    data = shlex.quote(config.data)
+
+    def options() -> list[str]:
+        return [*([] if name == data_name else ["--name", name]), *_image_root(config.data, keys, root)]
+
+    def commands() -> str:
+        if not reader.parts:
+            return "say with stream.images=DATA where they are"
+        return extract_commands(reader.parts, data, options())
+
     if not root.exists(table_key(name)):
         raise DataError(
             f"the images of '{config.data}' were never extracted",
             why=f"{root} has no image table '{name}'",
-            fix=f"{commands}; or set images=NAME if they were extracted under another name",
+            fix=f"{commands()}; or set images=NAME if they were extracted under another name",
         )
     table = ImageTable.open(root, name)
     unknown = [key for key in keys if key not in table]
@@ -192,12 +215,14 @@ def _with_images(
         raise CacheError(
             f"{len(unknown):,} of {len(keys):,} images of '{config.data}' "
             + ("were never extracted" if reader.parts else "are not among those to encode"),
-            why=f"{_by_folder(unknown)}the first are {', '.join(unknown[:SHOWN])}",
-            fix=f"{commands} adds them, and encodes nothing twice" if reader.parts else commands,
+            why=list_images(unknown),
+            fix=f"{commands()} adds them, and encodes nothing twice" if reader.parts else commands(),
         )
     broken = table.failed()
     image_ids = {key: table.id_of(key) for key in keys if key not in broken}
-    reader.require(image_ids.values(), data=config.data)
+    if reader.missing(image_ids.values()):
+        key_of = {image: key for key, image in image_ids.items()}
+        reader.require(key_of, data=" ".join([data, *options()]))
     usable = tuple(c for c in conversations if c.image is None or c.image in image_ids)
     if len(usable) == len(conversations):
         return usable, image_ids, ()
@@ -206,11 +231,37 @@ def _with_images(
     return usable, image_ids, (f"{note}, e.g. {lost[0]} ({broken[lost[0]]})",)
 
 
-def _by_folder(keys: Sequence[str]) -> str:
-    """How many images are in each folder, the fullest ones first; empty if they are all in one."""
-    counts = Counter(key.rpartition("/")[0] for key in keys).most_common()
-    if len(counts) == 1:
-        return ""
-    shown = [f"{count:,} in {folder or 'no folder'}" for folder, count in counts[:SHOWN]]
-    rest = [f"{sum(count for _, count in counts[SHOWN:]):,} in {len(counts) - SHOWN} others"] if counts[SHOWN:] else []
-    return f"{', '.join(shown + rest)}; "
+def _image_root(data: str, keys: Sequence[str], caches: Place) -> list[str]:
+    """`--image-root` for `vlmx extract --data`: where most of the images lie, of the folder of the data (which needs no
+    option), the folder of published data, and the folders from which caches were made; else a placeholder.
+    """
+    if data in MIXTURES.names():
+        return []
+    beside = Path(data).parent
+    found = {
+        folder: _images_below(folder, keys)
+        for folder in dict.fromkeys([beside, Path(DATA_ROOT), *_extracted_folders(caches)])
+    }
+    best = max(found, key=lambda folder: found[folder])
+    if not found[best]:
+        return ["--image-root", "FOLDER"]
+    return [] if best == beside else ["--image-root", shlex.quote(str(best))]
+
+
+def _images_below(folder: Path, keys: Sequence[str]) -> int:
+    try:
+        return len(keys) - len(missing_images(keys, folder).missing)
+    except OSError:  # it may not be looked into
+        return 0
+
+
+def _extracted_folders(caches: Place) -> list[Path]:
+    """The folders of this machine that the caches' images came from."""
+    texts: list[str] = []
+    try:
+        runs = [run for name in list_caches(caches) for run in reversed(read_runs(caches.child(name)))]
+    except CacheError:  # a web server does not list what it has
+        return []
+    for images in (run["images"] for run in runs if run.get("images")):
+        texts += [images.get("image_root"), images.get("data_root"), *images.get("data", [])]
+    return [Path(text) for text in texts if text and os.path.isdir(text)]

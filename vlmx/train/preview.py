@@ -31,6 +31,7 @@ from vlmx.train.survey import Survey, survey
 
 BATCHES_SHOWN, IDS_SHOWN, STEPS_COUNTED, DEAREST = 3, 6, 16, 2
 CHEAP_FLOPS = {"cpu": 1e12, "cuda": 1e14}  # seconds of work
+LIBRARIES = "0.45 GB"  # peak of processes that trained 40 thousand parameters (torch 2.13 for CPUs, transformers 5.23)
 STATE_BYTES = 16  # of a trained parameter in float32: itself, its gradient, two moments
 
 
@@ -62,6 +63,7 @@ class Preview:
         state_bytes, gathered_bytes, activation_bytes: memory of one process.
         step_s: seconds of a mean step; None: not measured.
         survey: conversations that are cut, or have nothing to learn.
+        prompt: format of the conversations.
         notes: what is unusual about the LLM and its prompts.
     """
 
@@ -80,6 +82,7 @@ class Preview:
     activation_bytes: float
     step_s: float | None
     survey: Survey
+    prompt: str
     notes: tuple[str, ...]
 
 
@@ -133,7 +136,8 @@ def preview(plan: TrainPlan, world_size: int) -> Preview:
         ),
         step_s=_measured_step_s(plan, sizes, padded) if world_size == 1 else None,
         survey=survey(plan, collator),
-        notes=(*prompt.notes, *notes),
+        prompt=prompt.name,
+        notes=(*prompt.notes, *notes, *_rough(llm)),
     )
 
 
@@ -170,6 +174,7 @@ def show(seen: Preview, plan: TrainPlan, world_size: int) -> None:
                 f" {len(plan.image_ids):,} images, {alone:,} text only",
             ],
             ["of these", seen.survey.text],
+            ["prompt", seen.prompt],
             ["steps", f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch of {config.global_batch} a step)"],
             ["batch order", f"{config.order}, digest {seen.digest}"],
             ["tokens of a step", f"{seen.tokens:,.0f}, {seen.supervised:,.0f} of them learned"],
@@ -185,7 +190,7 @@ def show(seen: Preview, plan: TrainPlan, world_size: int) -> None:
                 "memory of a process",
                 f"about {format_bytes(total)}: weights, gradients and moments {format_bytes(seen.state_bytes)}"
                 + (f", gathered weights {format_bytes(seen.gathered_bytes)}" if world_size > 1 else "")
-                + f", activations {format_bytes(seen.activation_bytes)}",
+                + f", activations {format_bytes(seen.activation_bytes)}{_besides()}",
             ],
             ["time", _time(seen, plan)],
         ],
@@ -219,8 +224,8 @@ def activation_bytes(sizes: ModelSizes, *, tokens: int, learned: int, half: bool
 def _sizes(plan: TrainPlan, llm: Any) -> ModelSizes:
     text = llm.config.get_text_config()
     width = llm.get_input_embeddings().embedding_dim
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or width // heads
+    heads = getattr(text, "num_attention_heads", None)  # state-space models have none
+    head_dim = (getattr(text, "head_dim", None) or width // heads) if heads else width
     connector = build_connector(plan.config.connector, plan.reader.shape.dim, width)
     in_connector = sum(p.numel() for p in connector.parameters())
     whole = sum(p.numel() for p in llm.parameters())
@@ -233,7 +238,7 @@ def _sizes(plan: TrainPlan, llm: Any) -> ModelSizes:
         layers=text.num_hidden_layers,
         width=width,
         inner=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        keys=(getattr(text, "num_key_value_heads", None) or heads or 1) * head_dim,
         vocabulary=text.vocab_size,
     )
 
@@ -265,6 +270,17 @@ def _measured_step_s(plan: TrainPlan, sizes: ModelSizes, padded: float) -> float
         taken_s = time.perf_counter() - begin_s
         computed = sum(micro.batch.input_ids_BT.numel() for micro in step.micro_batches)
     return taken_s * padded / computed
+
+
+def _rough(llm: Any) -> tuple[str, ...]:
+    if getattr(llm.config.get_text_config(), "num_attention_heads", None):
+        return ()
+    return ("the LLM has no attention heads: the memory of its activations is estimated as if it had, and may be more",)
+
+
+def _besides() -> str:
+    """What a process holds before it has a model; the memory that a GPU's allocator reports does not count it."""
+    return "" if _device().type == "cuda" else f"; Python and its libraries, about {LIBRARIES}, come on top"
 
 
 def _device() -> torch.device:

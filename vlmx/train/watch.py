@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,12 @@ from vlmx.cache_specs.geometry import Geometry, convert_box
 from vlmx.cache_specs.ids import ImageTable
 from vlmx.cache_specs.token_source import TokenSource
 from vlmx.data.benchmarks import BENCHMARKS, expand, load_benchmark
+from vlmx.data.published import DATA_ROOT
 from vlmx.data.records import Box, Question
-from vlmx.errors import UsageError
+from vlmx.errors import DataError, UsageError
 from vlmx.models.prompts import Prompt
 from vlmx.models.vlm import VLM
+from vlmx.runs import RunFolder
 from vlmx.train.parallel import World, compute_in
 from vlmx.train.settings import Precision, TrainConfig
 
@@ -56,9 +58,20 @@ class Seen:
         parts = [value for value, count in ((self.text, self.texts), (self.box, self.boxes)) if count]
         return sum(parts) / len(parts)
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What is logged of it: only of kinds of which there are questions, and no chance among one box."""
+        numbers = {"text_accuracy": self.text} if self.texts else {}
+        numbers |= {"box_accuracy": self.box} if self.boxes else {}
+        return numbers | ({"box_chance": self.box_chance} if self.boxes > 1 else {})
+
 
 class Watch:
     """A few questions of each benchmark, and the tokens of their images.
+
+    Attributes:
+        questions: in the order in which they are answered.
+        digest: of the questions, to see whether two looks were at the same ones.
 
     Args:
         config: of the training.
@@ -67,6 +80,7 @@ class Watch:
     Raises:
         UnknownNameError: no such benchmark.
         UsageError: there are no checkpoints before which questions could be answered.
+        DataError: a benchmark's files are missing, or its images were never extracted.
         CacheError: the cache lacks images of the questions.
     """
 
@@ -74,16 +88,21 @@ class Watch:
         self.reader = reader
         self.questions: list[Question] = []
         self.image_ids: dict[str, str] = {}
+        root = config.watch.data_root
         for name in watched(config):
-            some = sorted(load_benchmark(name), key=lambda q: hashlib.sha256(q.id.encode()).hexdigest())
+            some = sorted(_load(name, root), key=lambda q: hashlib.sha256(q.id.encode()).hexdigest())
             some = some[: config.watch.limit]
             dataset = BENCHMARKS.get(name).table
             table = ImageTable.open(reader.root, dataset)
             ids = {q.image: table.id_of(q.image) for q in some}
-            reader.require(ids.values(), data=dataset)
+            reader.require(
+                {image: key for key, image in ids.items()},
+                data=dataset if root == DATA_ROOT else f"{dataset} --data-root {root}",
+            )
             self.questions += some
             self.image_ids |= ids
         self.questions.sort(key=lambda q: (len(q.prompt), q.id))  # prompts of equal length are decoded together
+        self.digest = hashlib.sha256("\n".join(f"{q.benchmark} {q.id}" for q in self.questions).encode()).hexdigest()
 
     def look(self, vlm: VLM, prompt: Prompt, world: World, precision: Precision) -> Seen:
         """Answer all questions; every process does, with the same result, and the model is left in training mode."""
@@ -100,6 +119,42 @@ class Watch:
             texts += [prompt.decode(ids) for ids in answers]
         vlm.train()
         return score(self.questions, texts, self.reader.spec.geometry)
+
+    def recall(self, run: RunFolder, start: int) -> list[Seen]:
+        """The looks of a run that goes on after `start` steps, as far as they were at these questions; from here on the
+        run's status tells which ones are.
+
+        Raises:
+            RunError: metrics.jsonl is damaged.
+            OutOfSpaceError: the disk is full.
+        """
+        known = run.status.get("held_out", {})
+        since = min(start, known["since_step"]) if known.get("questions") == self.digest else start
+        run.set_status("running", held_out={"questions": self.digest, "since_step": since})
+        return [
+            self._seen(line)
+            for line in run.metrics()
+            if since < line["step"] <= start and ("text_accuracy" in line or "box_accuracy" in line)
+        ]
+
+    def _seen(self, line: Mapping[str, float]) -> Seen:
+        """A look as it was logged."""
+        texts = sum(q.kind == "text" for q in self.questions)
+        return Seen(
+            text=line.get("text_accuracy", 0.0),
+            texts=texts,
+            box=line.get("box_accuracy", 0.0),
+            boxes=len(self.questions) - texts,
+            box_chance=line.get("box_chance", 0.0),
+        )
+
+
+def _load(name: str, root: str) -> list[Question]:
+    try:
+        return load_benchmark(name, root=root)
+    except DataError as error:  # its fix is for commands that have --data-root
+        fix = error.fix.replace("--data-root", "watch.data_root=FOLDER")
+        raise DataError(error.what, why=error.why, fix=fix) from error
 
 
 def watched(config: TrainConfig) -> list[str]:
@@ -121,13 +176,19 @@ def watched(config: TrainConfig) -> list[str]:
 
 
 class CollapseAlarm:
-    """Says once when text answers get better and boxes do not."""
+    """Says once when text answers get better and boxes do not.
 
-    def __init__(self) -> None:
+    Args:
+        connector, geometry: of the training.
+    """
+
+    def __init__(self, *, connector: str, geometry: Geometry) -> None:
+        self.connector = connector
+        self.geometry = geometry
         self._seen: list[Seen] = []
         self._said = False
 
-    def add(self, seen: Seen, *, connector: str, geometry: Geometry) -> str | None:
+    def add(self, seen: Seen) -> str | None:
         """What to tell the user after one more look; None if there is nothing to say.
 
         Boxes are at chance when they are within two standard errors of it, in this look and in all before; text has
@@ -143,9 +204,9 @@ class CollapseAlarm:
             return None
         self._said = True
         help_ = []
-        if connector != "mlp3":
+        if self.connector != "mlp3":
             help_.append("connector=mlp3")
-        if (geometry.height, geometry.width) != (512, 512):
+        if (self.geometry.height, self.geometry.width) != (512, 512):
             help_.append("a cache at --res 512 (square, 512 x 512)")
         return (
             f"localization collapse: text answers went from {first.text:.0%} to {seen.text:.0%}, but boxes are right in"

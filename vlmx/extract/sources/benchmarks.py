@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vlmx.cache_specs.ids import list_images
 from vlmx.data.llava665k import missing_images
 from vlmx.data.published import PublishedData
 from vlmx.errors import DataError
 from vlmx.extract.sources.folder import file_record
-from vlmx.extract.sources.source import ImageSource, describe, first
+from vlmx.extract.sources.source import ImageSource, describe
 
 
 def open_published(published: PublishedData, root: Path, name: str | None) -> ImageSource:
@@ -32,7 +33,7 @@ def open_published(published: PublishedData, root: Path, name: str | None) -> Im
         folders = [each for each in published.images if any(key.startswith(f"{each.path}/") for key in found.missing)]
         raise DataError(
             f"{len(found.missing):,} of {len(keys):,} images of {published.title} are missing",
-            why=f"not below {root}: {first(found.missing)}",
+            why=f"not below {root}: {list_images(found.missing)}",
             fix="fetch them from " + ", ".join(each.url for each in folders or published.images),
         )
     count = f"{len(examples):,} examples"

@@ -7,6 +7,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from vlmx.cache_specs.ids import table_name
 from vlmx.errors import DataError
 from vlmx.extract.sources.source import (
     IMAGE_SUFFIXES,
@@ -16,7 +17,6 @@ from vlmx.extract.sources.source import (
     file_stamp,
     others,
     read_file,
-    table_name,
 )
 
 

@@ -1,4 +1,4 @@
-"""Which images does a LLaVA-style .json or .jsonl name?"""
+"""Which images does a LLaVA-style .json, .jsonl or .parquet name?"""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vlmx.cache_specs.ids import list_images, table_name
 from vlmx.data.llava665k import missing_images
 from vlmx.errors import DataError
 from vlmx.extract.sources.folder import file_record
-from vlmx.extract.sources.source import ImageSource, describe, first, table_name
+from vlmx.extract.sources.source import ImageSource, describe, first
 
 
 def open_json(path: Path, root: Path, name: str | None) -> ImageSource:
@@ -50,7 +51,7 @@ def open_json(path: Path, root: Path, name: str | None) -> ImageSource:
     if found.missing:
         raise DataError(
             f"{len(found.missing):,} of {len(keys):,} images that {path} names are missing",
-            why=f"not below {root}: {first(found.missing)}",
+            why=f"not below {root}: {list_images(found.missing)}",
             fix="give the folder that the paths start from with --image-root, or fetch the missing files",
         )
     left_out = f"{text_only:,} text-only rows" if text_only else ""
@@ -62,7 +63,11 @@ def open_json(path: Path, root: Path, name: str | None) -> ImageSource:
 
 
 def _rows(path: Path) -> list[Any]:
-    """The rows of a .json list, or of a .jsonl file with one row a line."""
+    """The rows of a .json list, of a .jsonl file with one row a line, or of a .parquet file."""
+    if path.suffix.lower() == ".parquet":
+        from vlmx.extract.sources.parquet import named_images
+
+        return [{"image": name} for name in named_images(str(path))]
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".jsonl":

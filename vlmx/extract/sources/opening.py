@@ -31,7 +31,7 @@ class SourceOptions:
     """What users say about their data.
 
     Attributes:
-        image_root: the folder that the image paths of a JSON start from; None: the folder of the JSON.
+        image_root: the folder that the image paths of a list start from; None: the folder of the list.
         data_root: the folder below which the files of published data sets lie.
         image_column: the column of parquet files that holds the images; None: found by name or type.
     """
@@ -54,10 +54,10 @@ def open_sources(
 
     Args:
         data: each "mini" (the embedded study), the name of a published data set, a folder (with its subfolders), a
-            LLaVA-style .json or .jsonl file, webdataset .tar files (a path, a glob, an address, or braces such as
-            "data/{000..003}.tar"), or .parquet files (the same, or a folder of them). Several may stand in one text,
-            separated by commas.
-        image_root: the folder that the image paths of a JSON start from; default: the folder of the JSON.
+            LLaVA-style .json, .jsonl or .parquet file that names images, webdataset .tar files (a path, a glob, an
+            address, or braces such as "data/{000..003}.tar"), or .parquet files (the same, or a folder of them).
+            Several may stand in one text, separated by commas.
+        image_root: the folder that the image paths of a list start from; default: the folder of the list.
         name: name of the data set, when there is one only; default: its own, or taken from the path.
         data_root: the folder below which the files of published data sets lie; default: "data".
         image_column: the column of parquet files that holds the images.
@@ -127,7 +127,7 @@ def _open(data: str, name: str | None, options: SourceOptions) -> tuple[Kind, Im
             return "folder", open_folder(path, files, name)
         found = sorted(str(path / file) for file in files if file.lower().endswith(".parquet"))
         return "parquet", _parquet(found, f"folder {data}", name or _folder_name(path), options)
-    if suffix in (".json", ".jsonl") and path.is_file():
+    if path.is_file() and (suffix in (".json", ".jsonl") or (suffix == ".parquet" and _is_list(path, options))):
         from vlmx.extract.sources.json_lists import open_json
 
         return "json", open_json(path, options.image_root or path.parent, name)
@@ -148,6 +148,12 @@ def _open(data: str, name: str | None, options: SourceOptions) -> tuple[Kind, Im
     raise DataError(f"cannot read images from '{data}'", why=why, fix=f"--data takes {KINDS}")
 
 
+def _is_list(path: Path, options: SourceOptions) -> bool:
+    from vlmx.extract.sources.parquet import is_list_of_conversations
+
+    return options.image_column is None and is_list_of_conversations(str(path))
+
+
 def _parquet(paths: list[str], what: str, name: str | None, options: SourceOptions) -> ImageSource:
     from vlmx.extract.sources.parquet import open_parquet
 
@@ -155,7 +161,7 @@ def _parquet(paths: list[str], what: str, name: str | None, options: SourceOptio
 
 
 def _folder_name(folder: Path) -> str:
-    from vlmx.extract.sources.source import table_name
+    from vlmx.cache_specs.ids import table_name
 
     return table_name(folder.resolve().name)
 
@@ -165,7 +171,7 @@ def _refuse_unused(
 ) -> None:
     """An option that changed nothing was meant otherwise."""
     for option, given, kind, things in (
-        ("--image-root", image_root, "json", "a JSON"),
+        ("--image-root", image_root, "json", "a JSON, or a .parquet of conversations"),
         ("--data-root", data_root, "published", f"published data sets ({', '.join(PUBLISHED)})"),
         ("--image-column", image_column, "parquet", "parquet files"),
     ):

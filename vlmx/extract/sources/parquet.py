@@ -1,4 +1,7 @@
-"""Which images lie in parquet files as bytes, and how is one row read again without reading its whole file?"""
+"""Which images lie in parquet files as bytes, and how is one row read again without reading its whole file?
+
+A file of conversations only names its images; `named_images` says which.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlmx.cache_specs.ids import table_name
 from vlmx.errors import BackendError, DataError
 from vlmx.extract.sources.source import (
     ImageRecord,
@@ -20,7 +24,6 @@ from vlmx.extract.sources.source import (
     file_stamp,
     first,
     part_stamp,
-    table_name,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +89,30 @@ def open_parquet(paths: Sequence[str], what: str, name: str | None, column: str 
         describe=describe(f"{len(paths)} parquet files ({what}), column '{columns}'", len(records), "") + f", {named}",
         images=tuple(records),
     )
+
+
+def is_list_of_conversations(path: str) -> bool:
+    """Whether the rows of a file are conversations that name their images by path, as `vlmx train` takes them.
+
+    Raises:
+        BackendError, DataError: see `open_parquet`.
+    """
+    with _opening(path) as open_file, open_file() as file:
+        from pyarrow import types
+
+        schema = file.schema_arrow
+        if not {NAMES[0], "conversations"} <= set(schema.names):
+            return False
+        kind = schema.field(NAMES[0]).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind))
+
+
+def named_images(path: str) -> list[str | None]:
+    """The path of each row's image in such a file; None for a row without."""
+    with _opening(path) as open_file, open_file() as file:
+        names: list[str | None] = file.read(columns=[NAMES[0]]).column(NAMES[0]).to_pylist()
+    return names
 
 
 class _File:
@@ -252,7 +279,8 @@ def _image_column(path: str, schema: Any, wanted: str | None) -> tuple[str, bool
         why=f"its columns: {every}",
         fix=f"choose with --image-column: {', '.join(fits)}"
         if fits
-        else "images must be bytes, or structs of bytes and path as Hugging Face's datasets writes them",
+        else "images must be bytes, or structs of bytes and path as Hugging Face's datasets writes them;"
+        " beside a column 'conversations' they may be paths in a column 'image'",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import time
 from collections import Counter
@@ -90,12 +89,6 @@ def read_file(path: str) -> bytes:
 def part_stamp(container: str | None, part: str) -> str | None:
     """The stamp of a part of a file from the stamp of the file."""
     return None if container is None else f"{container}@{part}"
-
-
-def table_name(text: str) -> str:
-    """A data set's name from a file name: what is not allowed in names becomes '-'."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._").replace(".stamps", "-stamps")
-    return name or "images"
 
 
 def describe(what: str, count: int, left_out: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 from urllib.parse import unquote
 
+from vlmx.cache_specs.ids import table_name
 from vlmx.console import progress
 from vlmx.errors import DataError
 from vlmx.extract.sources.patterns import expand, is_remote
@@ -26,7 +27,6 @@ from vlmx.extract.sources.source import (
     first,
     others,
     part_stamp,
-    table_name,
 )
 
 LISTED_AT_ONCE = 16  # listing a tar on a server is waiting for its headers, one after the other
