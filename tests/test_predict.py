@@ -267,6 +267,11 @@ def test_damage_elsewhere_is_an_error(tmp_path: Path) -> None:
     path.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
     with pytest.raises(RunError, match=r"damaged.*line 2 is not JSON.*delete this line, and give `vlmx eval` again"):
         ask(path, header(), Echo())
+    control = tmp_path / "eval-shuffled/mini-read/answers.jsonl"
+    control.parent.mkdir(parents=True)
+    control.write_text(path.read_text())
+    with pytest.raises(RunError, match="delete this line, and give `vlmx eval --control shuffled` again"):
+        read_answers(control)
     path.write_text("\n".join([lines[0], *lines[2:]]) + "\n")  # as it says
     again = Echo()
     ask(path, header(), again)

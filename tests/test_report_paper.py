@@ -369,6 +369,7 @@ def test_small_things() -> None:
     assert (
         escaped('<b>|"é\N{CJK UNIFIED IDEOGRAPH-65E5}') == r"\textless{}b\textgreater{}\textbar{}\textquotedblright{}é?"
     )
+    assert escaped("Łódź naïve — nguyễn \u037e") == "Łódź naïve — nguy?n ?"
     assert [number_of(8, 9), number_of(7, 8)] == ["9", ""]
     assert family_of("ViTDet-B")[0] == "ViTDet"
     assert family_of("ViT-B")[0] == "ViT"

@@ -12,6 +12,7 @@ from vlmx.data.mini import study
 from vlmx.data.records import Question
 from vlmx.errors import DataError, RunError, UsageError, VlmxError
 from vlmx.evaluate.answers import Answer, AnswerFile, Control, Header, answers_path, write_answers
+from vlmx.evaluate.answers_check import delete_lines
 from vlmx.evaluate.baselines import baselines_of
 from vlmx.evaluate.compare import compare, order
 from vlmx.evaluate.groups import questions_sha256
@@ -178,6 +179,11 @@ def test_what_is_wrong_with_answers_is_told_by_file_and_line(tmp_path: Path) -> 
         return f"{caught.value.what} / {caught.value.why} / {caught.value.fix}"
 
     fix = " / delete these lines, and give `vlmx eval` again: it asks what is missing"
+    assert delete_lines(replace(known, control="shuffled")).endswith(
+        ", and give `vlmx eval --control shuffled` again: it asks what is missing"
+    )
+    write_answers(path, replace(known, wording="paper"), good)  # words that this benchmark's questions do not have
+    assert grades_of_run(run, "mini-read", "none")[0].wording == "default"
     twice = refused(good[1])
     assert twice.startswith("1 questions of 'mini-read' are answered more than once / ")
     assert f"{path}, line 3: {good[1].id}; {path}, line 5: {good[1].id};" in twice

@@ -264,7 +264,14 @@ def _answer(path: Path, number: int, record: Any) -> Answer:
 def _damaged(path: Path, why: str, *, only_line: bool = False) -> RunError:
     """What to say of a damaged file; what it says of its other lines is as good as ever, unless that is its header."""
     what = "delete this line" if only_line else "move the file away"
-    return RunError(f"{path} is damaged", why=why, fix=f"{what}, and give `vlmx eval` again: it asks what is missing")
+    control: Control = "shuffled" if _FOLDERS["shuffled"] in path.parts else "none"
+    return RunError(f"{path} is damaged", why=why, fix=f"{what}, and {asked_again(control)}")
+
+
+def asked_again(control: Control) -> str:
+    """What to do where answers are missing, for an error's fix."""
+    option = "" if control == "none" else f" --control {control}"
+    return f"give `vlmx eval{option}` again: it asks what is missing"
 
 
 class AnswerFile:

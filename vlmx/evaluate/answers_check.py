@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from vlmx.data.records import Question
 from vlmx.errors import RunError
-from vlmx.evaluate.answers import Answer, Header
+from vlmx.evaluate.answers import Answer, Header, asked_again
 from vlmx.evaluate.groups import questions_sha256
 
-DELETE_LINES = "delete these lines, and give `vlmx eval` again: it asks what is missing"
 _LISTED = 3
 
 
@@ -47,7 +46,7 @@ def check_answers(header: Header, answers: Sequence[Answer], questions: Sequence
             f"{sum(count > 1 for count in times.values()):,} questions of '{header.benchmark}' are answered more than "
             "once",
             why=f"{listed([a for a in answers if times[a.id] > 1])}; which answer is meant cannot be known",
-            fix=DELETE_LINES,
+            fix=delete_lines(header),
         )
     changed = [
         answer
@@ -64,6 +63,11 @@ def check_answers(header: Header, answers: Sequence[Answer], questions: Sequence
         )
 
 
+def delete_lines(header: Header) -> str:
+    """What to do about answers that cannot be used."""
+    return f"delete these lines, and {asked_again(header.control)}"
+
+
 def listed(answers: Sequence[Answer]) -> str:
     """Where the first of some answers stand, and how many more there are."""
     more = f" and {len(answers) - _LISTED:,} more" if len(answers) > _LISTED else ""
@@ -77,4 +81,4 @@ def _known_root(header: Header) -> str:
 def _fix_of_lines(header: Header) -> str:
     """What to do about single answers; without a digest of the questions all may have been made for other files."""
     other_files = f"if they were made for other files, give --data-root their folder{_known_root(header)}; else "
-    return ("" if header.questions_sha256 else other_files) + DELETE_LINES
+    return ("" if header.questions_sha256 else other_files) + delete_lines(header)

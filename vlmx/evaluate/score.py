@@ -24,7 +24,7 @@ from vlmx.data.records import Box, Question
 from vlmx.data.wording import Wording
 from vlmx.errors import DataError, RunError
 from vlmx.evaluate.answers import Answer, Control, Dtype, Header, answers_path, read_answers
-from vlmx.evaluate.answers_check import DELETE_LINES, check_answers, listed
+from vlmx.evaluate.answers_check import check_answers, delete_lines, listed
 from vlmx.evaluate.baselines import baselines_of
 from vlmx.evaluate.intervals import estimate
 from vlmx.evaluate.metrics import MEAN_OF_TYPES, breakdown, rule_of
@@ -235,7 +235,7 @@ def grade_answers(
         raise DataError(
             f"{len(refused):,} answers to '{header.benchmark}' cannot be scored",
             why=f"{listed([answer for answer, _ in refused])}; the first: {refused[0][1].what}: {refused[0][1].why}",
-            fix=DELETE_LINES,
+            fix=delete_lines(header),
         )
     return grades
 
@@ -320,7 +320,8 @@ def grades_of_run(
         data_root: where the benchmark's published files are; None: where they were when it was answered.
 
     Returns:
-        The header, in which `limit` and `slim` are left out if they took all questions; and the grades, at least one.
+        The header, in which `limit` and `slim` are left out if they took all questions, and the wording if it changes
+        none; and the grades, at least one.
 
     Raises:
         RunError: there are no answers, or they are to another benchmark or under another control; see `grade_answers`,
@@ -343,6 +344,8 @@ def grades_of_run(
     grades = grade_answers(header, answers, questions, box_rule=box_rule)
     if header.to_ask >= len(questions):  # as older versions recorded it
         header = replace(header, limit=None, slim=False)
+    if header.wording != "default" and questions_of(benchmark, root) == questions:
+        header = replace(header, wording="default")
     return header, grades
 
 

@@ -49,7 +49,9 @@ _LATEX = {
 }
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 _LATEX |= {mark: rf"\{mark}" for mark in "&%$#_{}"}
-_SET_BY_LATEX = frozenset("ßæøåœÆØÅŒ")  # besides ASCII and letters with these accents, without further packages
+# Besides ASCII and the accented letters of Latin-1 and Latin Extended-A, without further packages.
+_SET_BY_LATEX = frozenset("ßæøåœÆØÅŒłŁı–—‘’“”…")  # noqa: RUF001
+_ACCENTED_BELOW = "\u0180"
 _ACCENTS = frozenset(map(chr, (0x300, 0x301, 0x302, 0x303, 0x304, 0x306, 0x307, 0x308, 0x30A, 0x30B, 0x30C, 0x327)))
 _ROWS_OF_FLOAT = 45  # with head, caption and notes well below a page
 _LETTERS_OF_TAG = 24
@@ -323,4 +325,5 @@ def escaped(text: str) -> str:
 def _is_set(mark: str) -> bool:
     """Whether LaTeX sets the character in any document."""
     parts = unicodedata.normalize("NFD", mark)
-    return mark in _SET_BY_LATEX or (parts[0].isascii() and parts[0].isprintable() and _ACCENTS.issuperset(parts[1:]))
+    accented = mark < _ACCENTED_BELOW and parts[0].isascii() and parts[0].isprintable()
+    return mark in _SET_BY_LATEX or (accented and _ACCENTS.issuperset(parts[1:]))
