@@ -350,6 +350,7 @@ def test_a_finished_run_is_not_the_result_of_another_configuration(world, plain,
     with pytest.raises(ConfigError) as caught:
         train_command(arguments(world, plain.path, "--resume", "optim.lr=1"), standalone_mode=False)
     assert caught.value.why == "optim.lr: 0.001, now 1.0"
+    assert caught.value.fix == "choose another --out, or remove it"
 
 
 def test_dropout_goes_on_as_if_never_stopped(world, tmp_path):

@@ -28,6 +28,30 @@ def vlm():
     return VLM(build_connector("mlp2", D, 32), tiny_llm(), visual_at=1, eos_ids=[1]).eval()
 
 
+STATEFUL = {  # LLMs that keep no keys and values
+    "mamba": {"state_size": 4},
+    "mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+}
+
+
+@pytest.mark.parametrize("family", sorted(STATEFUL))
+def test_llms_that_ignore_a_cache_answer_as_without_one(family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1}
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **STATEFUL[family]))
+    for parameter in llm.parameters():
+        parameter.data.mul_(3)  # so that what was said before matters
+    vlm = VLM(build_connector("mlp2", D, 32), llm, visual_at=1).eval()
+    ids, tokens = [0, 5, 6, 7, 8], visual(1)
+    (answer,) = vlm.generate(tokens, [ids], 6)
+    for number, token in enumerate(answer):
+        logits_BV = vlm.first_token_logits(tokens, [[*ids, *answer[:number]]])
+        assert int(logits_BV.argmax()) == token
+
+
 def visual(count, seed=0):
     return 20 * torch.randn(count, N, D, generator=torch.Generator().manual_seed(seed))
 

@@ -10,8 +10,10 @@ positions that are supervised and nowhere else.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from torch.nn import functional as F
 from vlmx.errors import WeightsError
 from vlmx.models.packed import PackedRows
 from vlmx.models.tokens import to_floats
+
+_LIKE_WITHOUT_CACHE = 0.1  # of the logits' spread; bfloat16 stays below a tenth of it, an LLM that forgets is far above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,21 +156,47 @@ class VLM(nn.Module):
                 answers[row] = ids[:end]
         return answers
 
+    @cached_property
+    def _remembers(self) -> bool:
+        """Whether the LLM goes on from a cache. Those that keep their state elsewhere (Mamba, RWKV) ignore or refuse
+        one; they read the whole text again for each token.
+
+        Beside the signature it is tried: the second token's logits from the cache must be those without one.
+        """
+        from transformers import DynamicCache
+
+        if "past_key_values" not in inspect.signature(self.llm.forward).parameters:
+            return False
+        embedding = self.llm.get_input_embeddings()
+        embeds_1TE = embedding(torch.arange(3, device=self.device)[None] % embedding.num_embeddings)
+        last_1 = torch.tensor([2], device=self.device)
+        expected_V = self.logits(embeds_1TE, last_1)[0].float()
+        cache = DynamicCache(config=self.llm.config)
+        try:
+            self.logits(embeds_1TE[:, :2], last_1 - 1, past_key_values=cache, use_cache=True)
+            found_V = self.logits(embeds_1TE[:, 2:], last_1 - 2, past_key_values=cache, use_cache=True)[0].float()
+        except (TypeError, ValueError, AttributeError):
+            return False
+        return bool((found_V - expected_V).std() <= _LIKE_WITHOUT_CACHE * expected_V.std())
+
     def _decode(self, embeds_BTE: Tensor, max_new_tokens: int) -> Tensor:
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.llm.config)
+        cached: dict[str, Any] = {}
+        if self._remembers:
+            cached = {"past_key_values": DynamicCache(config=self.llm.config), "use_cache": True}
         eos = torch.tensor(sorted(self.eos_ids), device=embeds_BTE.device)
         ended_B = torch.zeros(len(embeds_BTE), dtype=torch.bool, device=embeds_BTE.device)
         chosen: list[Tensor] = []
         for _ in range(max_new_tokens):
-            logits_BV = self.logits(embeds_BTE, _last_of_each(embeds_BTE), past_key_values=cache, use_cache=True)
+            logits_BV = self.logits(embeds_BTE, _last_of_each(embeds_BTE), **cached)
             check_numbers(logits_BV)
             chosen.append(logits_BV.argmax(dim=-1))
             ended_B |= torch.isin(chosen[-1], eos)
             if bool(ended_B.all()):
                 break
-            embeds_BTE = self.llm.get_input_embeddings()(chosen[-1])[:, None]
+            next_B1E = self.llm.get_input_embeddings()(chosen[-1])[:, None]
+            embeds_BTE = next_B1E if cached else torch.cat([embeds_BTE, next_B1E], dim=1)
         return torch.stack(chosen, dim=1)
 
     def _embed(self, batch: Batch, packed: PackedRows | None) -> Tensor:

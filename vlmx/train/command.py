@@ -272,7 +272,11 @@ def _is_finished(folder: Path, resume: bool) -> bool:
 
 
 def _has_config(folder: Path, config: TrainConfig) -> bool:
-    return RunFolder(folder).config == config.model_dump(mode="json")
+    """Whether the run there was given this configuration; keys that are younger than the run have their defaults."""
+    from vlmx.config import load_config
+    from vlmx.train.settings import TrainConfig
+
+    return load_config(TrainConfig, None, [], **RunFolder(folder).config) == config
 
 
 def _preview(
@@ -322,7 +326,7 @@ def _run(
         folder = Path("runs") / f"{plan.reader.name}-{plan.config.connector}-{Path(plan.config.data).stem}"
     finished, changes = _is_finished(folder, resume), None
     if resume and (folder / "status.json").exists():
-        changes = require_same(RunFolder(folder), plan.config, anyway=resume_anyway and not finished)
+        changes = require_same(RunFolder(folder), plan.config, anyway=resume_anyway, finished=finished)
     if finished:
         note(f"{folder} is finished, there is nothing to resume")
         return folder

@@ -58,7 +58,8 @@ class TrainPlan:
     @property
     def schedule_steps(self) -> int:
         """Optimiser steps after which the learning rate is 0: all of the run. In the paper's order the reference's
-        number, which is made from the conversations: a step or two less where each kind fills up its last batch.
+        number, which is made from the conversations: a step or two less an epoch where each kind fills up its last
+        batch, after which the rate rises again.
         """
         if self.config.order != "paper" or self.config.max_steps is not None:
             return self.total_steps

@@ -26,13 +26,14 @@ FIXED = frozenset(
 """What the checkpoint's tensors, or the meaning of "after N steps", depend on."""
 
 
-def require_same(run: RunFolder, config: TrainConfig, *, anyway: bool) -> Changes:
+def require_same(run: RunFolder, config: TrainConfig, *, anyway: bool, finished: bool = False) -> Changes:
     """Compare the configuration of a run that is to be resumed with the one that it was started with.
 
     Args:
         run: the run.
         config: what it is to be gone on with.
         anyway: let differ what may; it is reported.
+        finished: the run has come to its end, and nothing can change it any more.
 
     Returns:
         What differs.
@@ -50,6 +51,12 @@ def require_same(run: RunFolder, config: TrainConfig, *, anyway: bool) -> Change
     if not changed:
         return {}
     listed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, (old, new) in changed.items())
+    if finished:
+        raise ConfigError(
+            f"{run.path} is finished, and was trained with another configuration",
+            why=listed,
+            fix="choose another --out, or remove it",
+        )
     never = [key for key in changed if key.partition(".")[0] in FIXED]
     if never or not anyway:
         raise ConfigError(

@@ -19,8 +19,8 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from vlmx.cache_specs.geometry import Geometry, convert_box
-from vlmx.cache_specs.ids import ImageTable
-from vlmx.cache_specs.token_source import TokenSource
+from vlmx.cache_specs.ids import ImageTable, table_key
+from vlmx.cache_specs.token_source import TokenSource, extract_commands
 from vlmx.data.benchmarks import BENCHMARKS, expand, load_benchmark
 from vlmx.data.published import DATA_ROOT
 from vlmx.data.records import Box, Question
@@ -93,11 +93,11 @@ class Watch:
             some = sorted(_load(name, root), key=lambda q: hashlib.sha256(q.id.encode()).hexdigest())
             some = some[: config.watch.limit]
             dataset = BENCHMARKS.get(name).table
-            table = ImageTable.open(reader.root, dataset)
+            table = _table(reader, dataset, root)
             ids = {q.image: table.id_of(q.image) for q in some}
             reader.require(
                 {image: key for key, image in ids.items()},
-                data=dataset if root == DATA_ROOT else f"{dataset} --data-root {root}",
+                data=_as_data(dataset, root),
             )
             self.questions += some
             self.image_ids |= ids
@@ -147,6 +147,21 @@ class Watch:
             boxes=len(self.questions) - texts,
             box_chance=line.get("box_chance", 0.0),
         )
+
+
+def _as_data(dataset: str, root: str) -> str:
+    """A data set as `vlmx extract --data` takes it."""
+    return dataset if root == DATA_ROOT else f"{dataset} --data-root {root}"
+
+
+def _table(reader: TokenSource, dataset: str, root: str) -> ImageTable:
+    if reader.parts and not reader.root.exists(table_key(dataset)):
+        raise DataError(
+            f"the images of the held-out questions, '{dataset}', were never extracted",
+            why=f"{reader.root} has no image table of them",
+            fix=extract_commands(reader.parts, _as_data(dataset, root)),
+        )
+    return ImageTable.open(reader.root, dataset)
 
 
 def _load(name: str, root: str) -> list[Question]:
